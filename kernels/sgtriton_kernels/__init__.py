@@ -1,0 +1,25 @@
+"""Gate and block-sparse kernels as plain functions on tensors: Triton, and fast PyTorch code."""
+
+from ._impl import use_impl
+from .blocks import GateLayout, coverage, expand_gates, gate_layout, sum_blocks
+from .bsr import BlockSparse
+from .bsr_matmul import bsr_linear, bsr_linear_ref
+from .gate import GATE_KINDS, gate_weight, gate_weight_ref
+from .penalty import GatePenalties, gate_penalties
+
+__all__ = [
+    "GATE_KINDS",
+    "BlockSparse",
+    "GateLayout",
+    "GatePenalties",
+    "bsr_linear",
+    "bsr_linear_ref",
+    "coverage",
+    "expand_gates",
+    "gate_layout",
+    "gate_penalties",
+    "gate_weight",
+    "gate_weight_ref",
+    "sum_blocks",
+    "use_impl",
+]

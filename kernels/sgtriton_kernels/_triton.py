@@ -1,0 +1,77 @@
+"""The only import of Triton; where it is missing, a stub whose kernels raise at launch.
+
+What runs a kernel is asked here too: Triton's interpreter, its CPU compiler, or a card.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Any
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+
+    _MISSING: str | None = None
+except Exception as error:  # a broken driver or library must not break the import either
+    _MISSING = f"Triton cannot be imported ({type(error).__name__}: {error})"
+
+    class _Unlaunchable:
+        """Stands for a kernel; says at launch why there is none."""
+
+        def __init__(self, fn: Any):
+            functools.update_wrapper(self, fn)
+
+        def __getitem__(self, grid: Any):
+            raise RuntimeError(f"cannot launch {self.__name__}: {_MISSING}")  # pyright: ignore
+
+    class _TritonStub:
+        @staticmethod
+        def jit(fn: Any = None, **_: Any):
+            return _Unlaunchable if fn is None else _Unlaunchable(fn)
+
+        @staticmethod
+        def cdiv(a: int, b: int) -> int:
+            return -(-a // b)
+
+        @staticmethod
+        def next_power_of_2(n: int) -> int:
+            return 1 << max(n - 1, 0).bit_length()
+
+    class _LanguageStub:
+        constexpr = int
+
+    triton: Any = _TritonStub()
+    tl: Any = _LanguageStub()
+
+# The interpreter replaces `jit` when a kernel is decorated, so what counts is the value at import.
+INTERPRETED = _MISSING is None and os.environ.get("TRITON_INTERPRET", "0").lower() in (
+    "1", "true", "on", "y", "yes",
+)  # fmt: skip
+
+
+@functools.cache
+def _compiles_for_cpu() -> bool:
+    """Whether Triton's active driver is its CPU back end."""
+    try:
+        return triton.runtime.driver.active.get_current_target().backend == "cpu"
+    except Exception:  # no driver at all
+        return False
+
+
+def why_not_triton(device: torch.device) -> str | None:
+    """Why Triton kernels cannot run on tensors of ``device``; ``None`` where they can."""
+    if _MISSING is not None:
+        return _MISSING
+    if device.type in ("cuda", "xpu"):
+        return None  # interpreted kernels copy their arguments to the CPU and back
+    if device.type == "cpu":
+        if INTERPRETED or _compiles_for_cpu():
+            return None
+        return "CPU tensors need TRITON_INTERPRET=1 (set before import) or Triton's CPU compiler"
+    if device.type == "meta":
+        return None
+    return f"no Triton kernels for device type {device.type!r}"

@@ -1,0 +1,326 @@
+"""Block-sparse matrix: the stored blocks of a weight and where they are.
+
+    W[r*bn:(r+1)*bn, c*bk:(c+1)*bk] = values[i]    for crow[r] <= i < crow[r+1], c = col[i]
+
+A block index is an address to a kernel, so every index is checked when a matrix is made, whoever
+makes it. Blocks at a ragged edge are stored whole; what lies outside the matrix is never used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+
+_INDEX_DTYPES = (torch.int32, torch.int64)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class BlockSparse:
+    """A block-sparse matrix as plain tensors, validated when made.
+
+    The indices are copied, so later writes to the caller's tensors do not reach them; the values
+    are not. The transposed index and the row order are rebuilt here, never taken from outside.
+
+    Args:
+        values: ``[nnz, bn, bk]`` floating point. Stored blocks, row by row; kept contiguous.
+        crow: ``[block_rows + 1]`` int32 | int64. Where each block row starts in ``values``.
+        col: ``[nnz + 1]`` int32 | int64. Block column of each block, rising within a row; the last
+            entry is 0, so that a kernel may read one ahead.
+        shape: ``(N, K)`` of the whole matrix.
+
+    Attributes:
+        ccol: ``[block_cols + 1]`` int32. Where each block column starts in ``row`` and ``perm``.
+        row: ``[nnz + 1]`` int32. Block row of each block in transposed order; the last entry is 0.
+        perm: ``[nnz]`` int32. Transposed order -> index into ``values``.
+        row_order: ``[block_rows]`` int32. Block rows, longest first.
+
+    Raises:
+        ValueError: a size, dtype, device or index that breaks a rule; names rule and value.
+    """
+
+    values: torch.Tensor
+    crow: torch.Tensor
+    col: torch.Tensor
+    shape: tuple[int, int]
+    ccol: torch.Tensor = field(init=False)
+    row: torch.Tensor = field(init=False)
+    perm: torch.Tensor = field(init=False)
+    row_order: torch.Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        values = self.values
+        if values.dim() != 3 or values.layout != torch.strided or not values.is_floating_point():
+            raise ValueError(
+                "values must be a dense floating-point [nnz, bn, bk] tensor, got "
+                f"{values.dtype} {values.layout} {tuple(values.shape)}"
+            )
+        nnz, *block = values.shape
+        shape, block = _checked_sizes(self.shape, block)
+        for name, index in (("crow", self.crow), ("col", self.col)):
+            if index.device != values.device:
+                raise ValueError(
+                    f"values and {name} must be on one device, got {values.device} and "
+                    f"{index.device}"
+                )
+            _check_index_array(name, index)
+        if values.device.type == "meta":
+            raise ValueError("crow and col must hold data to be checked, got meta tensors")
+        if len(self.col) != nnz + 1:
+            raise ValueError(f"col must have nnz + 1 = {nnz + 1} entries, got {len(self.col)}")
+        rows, cols = _grid(shape, block)
+        # the copy is what is checked and what is used
+        crow = self.crow.detach().to("cpu", copy=True)
+        col = self.col.detach().to("cpu", copy=True)
+        validate_index(crow, col[:nnz], nnz=nnz, block_rows=rows, block_cols=cols)
+        if col[nnz] != 0:
+            raise ValueError(f"the last entry of col must be 0, got {int(col[nnz])}")
+
+        lengths = crow.diff()
+        perm = torch.argsort(col[:nnz], stable=True)
+        row = torch.repeat_interleave(torch.arange(rows), lengths, output_size=nnz)[perm]
+        derived = {
+            "values": values.contiguous(),
+            "crow": crow,
+            "col": col,
+            "shape": shape,
+            "ccol": F.pad(torch.bincount(col[:nnz], minlength=cols).cumsum(0), (1, 0)),
+            "row": F.pad(row, (0, 1)),
+            "perm": perm,
+            "row_order": torch.argsort(lengths, descending=True, stable=True),
+        }
+        for name, value in derived.items():
+            if name not in ("values", "shape"):
+                value = value.to(values.device, torch.int32)
+            object.__setattr__(self, name, value)
+
+    @classmethod
+    def from_dense(
+        cls,
+        weight: torch.Tensor,
+        block: tuple[int, int],
+        open: torch.Tensor | None = None,
+    ) -> BlockSparse:
+        """Take the open blocks of a dense matrix.
+
+        Args:
+            weight: ``[N, K]`` floating point.
+            block: ``(bn, bk)``, from 1 to the matrix's sizes; need not divide them.
+            open: ``[block_rows, block_cols]`` bool. Blocks to store; default: every block that
+                holds a value other than 0.
+
+        Returns:
+            Matrix with values of its own, detached, zero beyond a ragged edge.
+
+        Raises:
+            ValueError: a shape, dtype or block that does not fit.
+        """
+        if weight.dim() != 2 or not weight.is_floating_point():
+            raise ValueError(
+                "weight must be a floating-point [N, K] tensor, got "
+                f"{weight.dtype} {tuple(weight.shape)}"
+            )
+        shape, (bn, bk) = _checked_sizes(weight.shape, block)
+        rows, cols = _grid(shape, (bn, bk))
+        weight = F.pad(weight.detach(), (0, cols * bk - shape[1], 0, rows * bn - shape[0]))
+        blocks = weight.view(rows, bn, cols, bk).transpose(1, 2)
+        if open is None:
+            open = (blocks != 0).flatten(2).any(2)
+        elif open.shape != (rows, cols) or open.dtype != torch.bool:
+            raise ValueError(
+                f"open must be bool of shape {(rows, cols)}, got {open.dtype} {tuple(open.shape)}"
+            )
+        row, col = open.to(weight.device).nonzero(as_tuple=True)
+        crow = F.pad(torch.bincount(row, minlength=rows).cumsum(0), (1, 0))
+        return cls.from_parts(blocks[row, col].contiguous(), crow, col, shape)
+
+    @classmethod
+    def from_parts(
+        cls, values: torch.Tensor, crow: torch.Tensor, col: torch.Tensor, shape: Sequence[int]
+    ) -> BlockSparse:
+        """Make a matrix from what a file holds: ``col`` is ``[nnz]``, without the last 0.
+
+        Raises:
+            ValueError: as the constructor.
+        """
+        _check_index_array("col", col)
+        if len(col) != len(values):
+            raise ValueError(f"col must have nnz = {len(values)} entries, got {len(col)}")
+        return cls(values, crow, F.pad(col, (0, 1)), tuple(shape))  # pyright: ignore
+
+    @classmethod
+    def _from_validated(
+        cls,
+        values: torch.Tensor,
+        crow: torch.Tensor,
+        col: torch.Tensor,
+        shape: tuple[int, int],
+        ccol: torch.Tensor,
+        row: torch.Tensor,
+        perm: torch.Tensor,
+        row_order: torch.Tensor,
+    ) -> BlockSparse:
+        """Wrap the tensors of a matrix that was validated before, with no check and no copy."""
+        self = object.__new__(cls)
+        self.__dict__.update(
+            values=values, crow=crow, col=col, shape=shape,
+            ccol=ccol, row=row, perm=perm, row_order=row_order,
+        )  # fmt: skip
+        return self
+
+    @property
+    def block(self) -> tuple[int, int]:
+        """``(bn, bk)``, the sides of a block."""
+        return self.values.shape[1], self.values.shape[2]
+
+    @property
+    def nnz(self) -> int:
+        """Number of stored blocks."""
+        return self.values.shape[0]
+
+    @property
+    def block_rows(self) -> int:
+        return self.crow.shape[0] - 1
+
+    @property
+    def block_cols(self) -> int:
+        return self.ccol.shape[0] - 1
+
+    @property
+    def density(self) -> float:
+        """Share of the ``N * K`` weights that stored blocks cover, whatever their values."""
+        (n, k), (bn, bk) = self.shape, self.block
+        cut_n, cut_k = self.block_rows * bn - n, self.block_cols * bk - k
+        crow, ccol = self.crow[-2:].tolist(), self.ccol[-2:].tolist()
+        in_last_row, in_last_col = crow[1] - crow[0], ccol[1] - ccol[0]
+        corner = int(in_last_row > 0 and int(self.col[self.nnz - 1]) == self.block_cols - 1)
+        covered = self.nnz * bn * bk - in_last_row * cut_n * bk - in_last_col * cut_k * bn
+        return (covered + corner * cut_n * cut_k) / (n * k)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what a file holds: values, ``crow`` and ``col``."""
+        return self.values.nbytes + self.crow.nbytes + self.nnz * self.col.element_size()
+
+    def to_dense(self) -> torch.Tensor:
+        """The whole matrix, ``[N, K]`` in the dtype of ``values``; differentiable in ``values``."""
+        (n, k), (bn, bk) = self.shape, self.block
+        rows, cols = self.block_rows, self.block_cols
+        # in transposed order, where the block row is at hand
+        row, perm = self.row[: self.nnz], self.perm
+        blocks = self.values.new_zeros(rows, cols, bn, bk)
+        blocks = blocks.index_put((row, self.col[perm]), self.values[perm])
+        return blocks.transpose(1, 2).reshape(rows * bn, cols * bk)[:n, :k].contiguous()
+
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> BlockSparse:
+        """The same matrix on another device or with values of another dtype.
+
+        Raises:
+            ValueError: ``dtype`` is not floating point.
+        """
+        if dtype is not None and not dtype.is_floating_point:
+            raise ValueError(f"dtype must be floating point, got {dtype}")
+        return self._from_validated(
+            self.values.to(device=device, dtype=dtype),
+            shape=self.shape,
+            **{
+                name: getattr(self, name).to(device=device)
+                for name in ("crow", "col", "ccol", "row", "perm", "row_order")
+            },
+        )
+
+    def __reduce__(self):
+        # copies and pickles pass through the checks again
+        return type(self), (self.values, self.crow, self.col, self.shape)
+
+    def __repr__(self) -> str:
+        return (
+            f"BlockSparse(shape={self.shape}, block={self.block}, nnz={self.nnz}, "
+            f"dtype={self.values.dtype}, device={str(self.values.device)!r})"
+        )
+
+
+def validate_index(
+    crow: torch.Tensor, col: torch.Tensor, *, nnz: int, block_rows: int, block_cols: int
+) -> None:
+    """Check a block index; nothing is sliced by a number that was not checked before.
+
+    Args:
+        crow: ``[block_rows + 1]`` int32 | int64.
+        col: ``[nnz]`` int32 | int64, without the container's last 0.
+        nnz: number of blocks.
+        block_rows: number of block rows.
+        block_cols: number of block columns.
+
+    Raises:
+        ValueError: the first rule that is broken, with the value that breaks it.
+    """
+    _check_index_array("crow", crow)
+    _check_index_array("col", col)
+    if not 0 <= nnz < 2**31 - 1:
+        raise ValueError(f"the number of blocks must be below 2**31 - 1, got {nnz}")
+    if len(crow) != block_rows + 1:
+        raise ValueError(
+            f"crow must have block rows + 1 = {block_rows + 1} entries, got {len(crow)}"
+        )
+    crow, col = crow.detach().to("cpu", torch.int64), col.detach().to("cpu", torch.int64)
+    if crow[0] != 0:
+        raise ValueError(f"crow must start with 0, got {int(crow[0])}")
+    if crow[-1] != nnz:
+        raise ValueError(f"crow must end with the number of blocks, {nnz}, got {int(crow[-1])}")
+    steps = crow.diff()
+    if (wrong := _first((steps < 0) | (steps > block_cols))) is not None:
+        raise ValueError(
+            f"crow must rise by 0 to {block_cols} (the block columns) from row to row, got "
+            f"{int(crow[wrong])} then {int(crow[wrong + 1])} at block row {wrong}"
+        )
+    if len(col) != nnz:
+        raise ValueError(f"col must have one entry per block, {nnz}, got {len(col)}")
+    if (wrong := _first((col < 0) | (col >= block_cols))) is not None:
+        raise ValueError(
+            f"col must lie in [0, {block_cols}), got {int(col[wrong])} at block {wrong}"
+        )
+    starts = torch.zeros(nnz + 1, dtype=torch.bool)
+    starts[crow] = True
+    if (wrong := _first((col.diff() <= 0) & ~starts[1:nnz])) is not None:
+        raise ValueError(
+            f"col must rise strictly within a block row, got {int(col[wrong])} then "
+            f"{int(col[wrong + 1])} at blocks {wrong} and {wrong + 1}"
+        )
+
+
+def _first(wrong: torch.Tensor) -> int | None:
+    """Index of the first true element."""
+    return int(wrong.int().argmax()) if wrong.any() else None
+
+
+def _check_index_array(name: str, index: torch.Tensor) -> None:
+    if index.dim() != 1 or index.layout != torch.strided or index.dtype not in _INDEX_DTYPES:
+        raise ValueError(
+            f"{name} must be a 1-d int32 or int64 tensor, got "
+            f"{index.dtype} {index.layout} {tuple(index.shape)}"
+        )
+
+
+def _checked_sizes(
+    shape: Sequence[int], block: Sequence[int]
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """``(N, K)`` and ``(bn, bk)`` as Python ints that fit each other."""
+    for name, sizes in (("shape", shape), ("block", block)):
+        if len(sizes) != 2 or any(not isinstance(s, int) or isinstance(s, bool) for s in sizes):
+            raise ValueError(f"{name} must be two ints, got {sizes!r}")
+    (n, k), (bn, bk) = shape, block
+    if n < 1 or k < 1:
+        raise ValueError(f"shape must be at least (1, 1), got {(n, k)}")
+    if not (1 <= bn <= n and 1 <= bk <= k):
+        raise ValueError(f"block sides must lie in 1 to {n} and 1 to {k}, got {(bn, bk)}")
+    return (n, k), (bn, bk)
+
+
+def _grid(shape: tuple[int, int], block: tuple[int, int]) -> tuple[int, int]:
+    """Block rows and block columns."""
+    return -(-shape[0] // block[0]), -(-shape[1] // block[1])

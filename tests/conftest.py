@@ -1,0 +1,42 @@
+"""One device for the whole run; without a GPU the kernels run in Triton's interpreter.
+
+``TRITON_INTERPRET=0`` runs them compiled instead: for CPU tensors that takes Triton's CPU compiler
+(``make test-native``), and the tests marked ``compiles`` cross-compile for cards.
+"""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel module is imported
+
+
+def pytest_collection_modifyitems(items):
+    from sgtriton_kernels import _triton
+
+    interpreted = pytest.mark.skip(reason="the interpreter replaces the compiler")
+    for item in items:
+        if item.get_closest_marker("compiles") and _triton.INTERPRETED:
+            item.add_marker(interpreted)
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=["torch", "triton"])
+def impl(request, device) -> str:
+    """Each implementation of an op that can run on the test device."""
+    from sgtriton_kernels._triton import why_not_triton
+
+    if request.param == "triton" and (reason := why_not_triton(device)):
+        pytest.skip(reason)
+    return request.param

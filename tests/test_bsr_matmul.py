@@ -1,0 +1,527 @@
+"""``bsr_linear``: values, refusals, compilation, and what the compiler makes of the kernel."""
+
+import ast
+import inspect
+import mmap
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cards import CARDS, compile_for
+from helpers import DTYPES, assert_exact, assert_within_twice, integers, layouts, poisoned
+from sgtriton_kernels import bsr_matmul
+from sgtriton_kernels._impl import use_impl
+from sgtriton_kernels._triton import INTERPRETED, why_not_triton
+from sgtriton_kernels.bsr import BlockSparse
+from sgtriton_kernels.bsr_matmul import bsr_linear, bsr_linear_ref
+from sgtriton_kernels.tiles import BSR_LINEAR_CANDIDATES, MAX_BLOCK_N, Tile, tile_for_bsr_linear
+from test_bsr import patterns
+from torch.library import opcheck
+from torch.utils.flop_counter import FlopCounterMode
+
+TILE = Tile(BLOCK_M=16, BLOCK_K=16, num_stages=2, num_warps=1)  # small: quick to compile natively
+BLOCK = (16, 16)
+# M, N, K: ragged everywhere, one tile, many tiles, one row, no row
+SHAPES = [(5, 40, 70), (16, 16, 16), (37, 64, 96), (1, 48, 48), (0, 32, 32)]
+ACTIVATIONS = {
+    None: lambda y: y, "relu": F.relu, "gelu": F.gelu, "silu": F.silu,
+    "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"),
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _nan_outputs():
+    """Memory that nobody wrote holds NaN: a missed store shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def sparse(n, k, block=BLOCK, share=0.5, dtype=torch.float32, device="cpu", make=torch.randn):
+    """A weight with about ``share`` of its blocks."""
+    open = torch.rand(-(-n // block[0]), -(-k // block[1])) < share
+    return BlockSparse.from_dense(make(n, k).to(device, dtype), block, open)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_whole_numbers_are_exact(shape, dtype, impl, device):
+    m, n, k = shape
+    x = poisoned(integers(m, k, dtype=dtype, device=device))
+    bias = integers(n, dtype=dtype, device=device)
+    for name, open in patterns(-(-n // 16), -(-k // 16)).items():
+        w = BlockSparse.from_dense(integers(n, k, dtype=dtype, device=device), BLOCK, open)
+        out = bsr_linear(x, w, bias, impl=impl, tile=TILE)
+        assert out.dtype == dtype
+        assert out.is_contiguous()
+        assert_exact(name, out, x.double() @ w.to_dense().double().T + bias.double())
+        assert_exact(f"{name} ref", bsr_linear_ref(x, w, bias), out)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(5, 40, 70), (37, 64, 96)], ids=str)
+def test_error_is_within_twice_that_of_pytorch(shape, dtype, impl, device):
+    m, n, k = shape
+    w = sparse(n, k, dtype=dtype, device=device)
+    x = torch.randn(m, k, device=device).to(dtype)
+    bias = torch.randn(n, device=device).to(dtype)
+    dense = w.to_dense()
+    ref64 = F.linear(x.double(), dense.double(), bias.double())
+    out = bsr_linear(x, w, bias, impl=impl, tile=TILE)
+    assert_within_twice("out", out, ref64, F.linear(x, dense, bias))
+    assert_within_twice("ref", bsr_linear_ref(x, w, bias), ref64, F.linear(x, dense, bias))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_round_once(activation, dtype, impl, device):
+    if impl == "triton" and not INTERPRETED and activation and dtype != torch.float32:
+        pytest.skip("the fp32 variants and the interpreter cover it")
+    w = sparse(32, 64, dtype=dtype, device=device)
+    x = (3 * torch.randn(7, 64, device=device)).to(dtype)
+    bias = torch.randn(32, device=device).to(dtype)
+    dense, act = w.to_dense(), ACTIVATIONS[activation]
+    ref64 = act(F.linear(x.double(), dense.double(), bias.double()))
+    out = bsr_linear(x, w, bias, activation, impl=impl, tile=TILE)
+    assert_within_twice("out", out, ref64, act(F.linear(x, dense, bias)))
+
+
+def test_bf16_is_rounded_to_nearest(impl, device):
+    eye = BlockSparse.from_dense(torch.eye(16, device=device).bfloat16(), BLOCK)
+    x = torch.full((16, 16), 1.0, device=device).bfloat16()
+    # 1 + the bias needs one bit more than bf16 has: ties go to even, the rest to the nearest
+    steps = torch.arange(-8, 8, device=device) * 0.125 * 2**-7
+    bias = steps.bfloat16()
+    out = bsr_linear(x, eye, bias, impl=impl, tile=TILE)
+    assert_exact("out", out[0], (1 + bias.float()).bfloat16())
+    assert bool((out == out[0]).all())
+
+
+def test_nan_and_infinity_reach_the_output(impl, device):
+    for activation in ("relu", None):
+        w = BlockSparse.from_dense(torch.eye(16, device=device), BLOCK)
+        bias = torch.zeros(16, device=device)
+        bias[0], bias[1], bias[2] = float("nan"), float("inf"), -float("inf")
+        out = bsr_linear(torch.ones(2, 16, device=device), w, bias, activation, impl=impl,
+                         tile=TILE)  # fmt: skip
+        assert out[:, 0].isnan().all()
+        assert (out[:, 1] == float("inf")).all()
+        assert (out[:, 2] == (0 if activation else -float("inf"))).all()
+        assert out[:, 3:].isfinite().all()
+
+
+def test_bias_may_be_missing(impl, device):
+    w = sparse(64, 96, make=integers, device=device)
+    x = integers(5, 96, device=device)
+    assert_exact("out", bsr_linear(x, w, impl=impl, tile=TILE), x @ w.to_dense().T)
+
+
+def test_memory_layouts_do_not_matter(impl, device):
+    w = sparse(40, 70, make=integers, device=device)
+    bias = integers(40, device=device)
+    x = integers(6, 70, device=device)
+    expected = bsr_linear_ref(x, w, bias)
+    for name, view in layouts(x).items():
+        kept = view.clone()
+        assert_exact(name, bsr_linear(view, w, bias, impl=impl, tile=TILE), expected)
+        assert_exact(f"{name} untouched", view, kept)
+    row = x[:1].expand(6, 70)
+    assert_exact(
+        "expanded", bsr_linear(row, w, bias, impl=impl, tile=TILE), expected[:1].expand(6, 40)
+    )
+    column = x[:, :1].expand(6, 70)
+    assert_exact("expanded inside", bsr_linear(column, w, bias, impl=impl, tile=TILE),
+                 bsr_linear_ref(column, w, bias))  # fmt: skip
+    strided_bias = bias.repeat_interleave(2)[::2]
+    assert_exact("bias", bsr_linear(x, w, strided_bias, impl=impl, tile=TILE), expected)
+
+
+@pytest.mark.parametrize("lead", [(), (3,), (2, 3), (2, 1, 3), (0,), (2, 0, 3)], ids=str)
+def test_any_leading_sizes(lead, impl, device):
+    w = sparse(40, 70, make=integers, device=device)
+    bias = integers(40, device=device)
+    x = integers(*lead, 70, device=device)
+    out = bsr_linear(x, w, bias, impl=impl, tile=TILE)
+    assert out.shape == (*lead, 40)
+    assert out.is_contiguous()
+    assert_exact("out", out, bsr_linear_ref(x, w, bias))
+    if len(lead) == 3:
+        swapped = x.transpose(0, 2)
+        assert_exact("swapped", bsr_linear(swapped, w, bias, impl=impl, tile=TILE),
+                     out.transpose(0, 2))  # fmt: skip
+
+
+@pytest.mark.parametrize("block", [(16, 16), (32, 32), (64, 64), (16, 64), (64, 16), (256, 16)])
+def test_every_block_shape_agrees_with_dense(block, impl, device):
+    w = sparse(256, 128, block, make=integers, device=device)
+    x = integers(9, 128, device=device)
+    bias = integers(256, device=device)
+    out = bsr_linear(x, w, bias, impl=impl, tile=TILE)
+    assert_exact("out", out, bsr_linear_ref(x, w, bias))
+
+
+@pytest.mark.parametrize(
+    "block",
+    [(1, 1), (4, 4), (3, 5), (1, 130), (100, 1), (100, 130), (16, 16), (24, 20), (50, 13), (8, 65)],
+)
+@pytest.mark.parametrize("m", [1, 33, 130])
+def test_torch_implementation_serves_any_block(block, m, device):
+    x, bias = integers(m, 130, device=device), integers(100, device=device)
+    rows, cols = -(-100 // block[0]), -(-130 // block[1])
+    for name, open in patterns(rows, cols).items():
+        w = BlockSparse.from_dense(integers(100, 130, device=device), block, open)
+        out = bsr_linear(x, w, bias, "relu", impl="torch")
+        assert_exact(name, out, bsr_linear_ref(x, w, bias, "relu"))
+
+
+def test_torch_implementation_works_in_bounded_chunks(device, monkeypatch):
+    w = sparse(64, 96, make=integers, device=device)
+    monkeypatch.setattr(bsr_matmul, "_CHUNK", 1)
+    monkeypatch.setattr(bsr_matmul, "_FEW", 0)
+    x = integers(70, 96, device=device)
+    assert_exact("out", bsr_linear(x, w, impl="torch"), bsr_linear_ref(x, w))
+
+
+def test_double_precision_runs_in_pytorch(device):
+    w = sparse(40, 70, dtype=torch.float64, device=device)
+    x = torch.randn(5, 70, dtype=torch.float64, device=device)
+    torch.testing.assert_close(bsr_linear(x, w, impl="torch"), bsr_linear_ref(x, w))
+
+
+@pytest.mark.parametrize("block", [(16, 16), (100, 16), (16, 130)])
+def test_padding_beyond_a_ragged_edge_is_never_used(block, impl, device):
+    w = sparse(100, 130, block, share=1.0, make=integers, device=device)
+    (n, k), (bn, bk) = w.shape, w.block
+    for row in range(w.block_rows):
+        for i in range(int(w.crow[row]), int(w.crow[row + 1])):
+            w.values[i, max(0, n - row * bn) :] = float("nan")
+            w.values[i, :, max(0, k - int(w.col[i]) * bk) :] = float("nan")
+    x = integers(5, 130, device=device)
+    if impl == "triton" and (bsr_matmul._why_unsupported(x.dtype, block)):
+        pytest.skip("a block for the torch implementation")
+    assert_exact("out", bsr_linear(x, w, impl=impl, tile=TILE), bsr_linear_ref(x, w))
+
+
+def test_layer_with_no_block_returns_its_bias(impl, device):
+    w = sparse(64, 64, (32, 32), share=0.0, device=device)
+    bias = torch.randn(64, device=device)
+    out = bsr_linear(torch.randn(5, 64, device=device), w, bias, impl=impl, tile=TILE)
+    assert_exact("out", out, bias.expand(5, 64))
+    assert_exact("no bias", bsr_linear(torch.ones(5, 64, device=device), w, impl="torch"),
+                 torch.zeros(5, 64))  # fmt: skip
+
+
+@pytest.mark.parametrize(("n", "k", "block"), [(64, 48, (16, 32)), (64, 8, (16, 8)),
+                                               (24, 40, (16, 32))])  # fmt: skip
+def test_inner_sizes_that_no_tile_divides_are_repeatable(n, k, block, device):
+    w = sparse(n, k, block, dtype=torch.float16, make=integers, device=device)
+    x = poisoned(integers(8, k, dtype=torch.float16, device=device))
+    for impl in ("torch", "triton"):
+        if impl == "triton" and (why_not_triton(device) or k < 16):
+            continue
+        outs = [bsr_linear(x, w, impl=impl, tile=Tile(16, 32, 2, 1)) for _ in range(10)]
+        assert_exact(impl, outs[0], bsr_linear_ref(x, w))
+        assert all(torch.equal(out, outs[0]) for out in outs)
+
+
+def test_bf16_whole_numbers_do_not_explode(impl, device):
+    w = BlockSparse.from_dense(torch.randint(-2, 3, (16, 16), device=device).bfloat16(), BLOCK)
+    x = torch.randint(-2, 3, (16, 16), device=device).bfloat16()
+    out = bsr_linear(x, w, torch.zeros(16, device=device).bfloat16(), impl=impl, tile=TILE)
+    assert_exact("out", out, x.float() @ w.to_dense().float().T)
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3, 4])
+def test_pipeline_depth_does_not_change_values(stages, device):
+    if reason := why_not_triton(device):
+        pytest.skip(reason)
+    w = BlockSparse.from_dense(integers(64, 64, device=device), BLOCK)
+    x = integers(17, 64, device=device)
+    out = bsr_linear(x, w, impl="triton", tile=Tile(16, 16, stages, 1))
+    assert_exact("out", out, bsr_linear_ref(x, w))
+
+
+def test_default_tile_gives_right_values(impl, device):
+    w = sparse(64, 64, (32, 32), make=integers, device=device)
+    x = integers(20, 64, device=device)
+    assert_exact("out", bsr_linear(x, w, impl=impl), bsr_linear_ref(x, w))
+
+
+@pytest.mark.parametrize("which", ["x", "values"])
+def test_offsets_beyond_32_bits(which, device):
+    """The kernel itself, on buffers of which only a few pages exist."""
+    if (reason := why_not_triton(device)) or device.type != "cpu":
+        pytest.skip(reason or "needs memory that is not there")
+    x, values = integers(4, 16), integers(1, 16, 16)
+    crow, col = torch.tensor([0, 1]).int(), torch.tensor([0, 0]).int()
+    far = 3 << 30
+    try:
+        buffer = mmap.mmap(-1, 4 * (far + 256), flags=mmap.MAP_PRIVATE | 0x4020)  # no reserve
+    except OSError as error:
+        pytest.skip(f"no address space: {error}")
+    expected = x @ values[0].T
+    huge = torch.frombuffer(buffer, dtype=torch.float32)
+    if which == "x":
+        huge = huge.as_strided((4, 16), (1 << 30, 1))
+        huge.copy_(x)
+        x = huge
+    else:
+        first = far // 256
+        huge = huge.view(-1, 16, 16)
+        huge[first] = values[0]
+        values = huge
+        crow, col = torch.tensor([first, first + 1]).int(), torch.zeros(first + 2).int()
+    row_order = torch.zeros(1, dtype=torch.int32)
+    out = bsr_matmul._bsr_linear_fwd(x, values, crow, col, row_order, None, 16, "none", TILE)
+    assert_exact("out", out, expected)
+
+
+def test_fp32_precision_follows_the_switch_of_pytorch(device, monkeypatch):
+    launches = []
+
+    class Recorder:
+        def __getitem__(self, grid):
+            return lambda *args, **kwargs: launches.append(kwargs["PRECISION"])
+
+    monkeypatch.setattr(bsr_matmul, "_bsr_linear_fwd_kernel", Recorder())
+    w, x = sparse(16, 16), torch.ones(2, 16)
+    row_order = torch.zeros(1, dtype=torch.int32)
+    try:
+        for allow in (False, True):
+            torch.backends.cuda.matmul.allow_tf32 = allow
+            bsr_matmul._bsr_linear_fwd(
+                x, w.values, w.crow, w.col, row_order, None, 16, "none", TILE
+            )
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
+    assert launches == ["ieee", "tf32" if torch.version.hip is None else "ieee"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.ones(3, 15)}, r"x must be \[\.\.\., 16\] .* got \[3, 15\]"),
+        ({"x": torch.tensor(1.0)}, r"x must be \[\.\.\., 16\] .* got \[\]"),
+        ({"x": torch.ones(3, 16).half()}, r"one dtype, got x torch\.float16, w torch\.float32"),
+        ({"x": torch.ones(3, 16, device="meta")}, "one device, got x meta, w cpu"),
+        ({"bias": torch.ones(15)}, r"bias must be \[32\] .* got \[15\]"),
+        ({"bias": torch.ones(32).half()}, r"got x torch\.float32, bias torch\.float16"),
+        ({"bias": torch.ones(32, device="meta")}, "got x cpu, bias meta"),
+        ({"activation": "tanh"}, r"activation must be None or one of \('relu', .* got 'tanh'"),
+        ({"activation": "none", "impl": "cuda"}, r"impl=: implementation must be one of .* 'cuda'"),
+    ],
+    ids=lambda v: next(iter(v)) if isinstance(v, dict) else None,
+)
+def test_wrong_arguments_are_refused(change, message):
+    args = {"x": torch.ones(3, 16), "w": sparse(32, 16), "bias": None, "activation": None}
+    with pytest.raises(ValueError, match=message):
+        bsr_linear(**args | change)
+
+
+def test_blocks_that_the_kernel_cannot_serve_are_refused_or_said(device, monkeypatch):
+    x, w = torch.ones(3, 24, device=device), sparse(24, 24, (8, 24), device=device)
+    with pytest.raises(ValueError, match=r"bsr_linear: .* impl= cannot run"):
+        bsr_linear(x, w, impl="triton")
+    with use_impl("triton"), pytest.warns(UserWarning, match="using the torch implementation"):
+        bsr_linear(x, w)
+    monkeypatch.setenv("SGTRITON_STRICT", "1")
+    with use_impl("triton"), pytest.raises(ValueError, match="use_impl cannot run"):
+        bsr_linear(x, w)
+
+
+def test_integer_inputs_are_refused():
+    w = sparse(16, 16)
+    w = BlockSparse._from_validated(
+        w.values.int(), w.crow, w.col, w.shape, w.ccol, w.row, w.perm, w.row_order
+    )
+    with pytest.raises(ValueError, match=r"x must be one of .* got torch\.int32"):
+        bsr_linear(torch.ones(2, 16).int(), w)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_autocast_as_f_linear(dtype, impl, device):
+    w = sparse(40, 70, device=device)
+    x, bias = torch.randn(5, 70, device=device), torch.randn(40, device=device)
+    with torch.autocast(device.type, dtype):
+        outs = [bsr_linear(t, w, bias, impl=impl, tile=TILE) for t in (x, x.to(dtype))]
+        assert F.linear(x, w.to_dense(), bias).dtype == dtype
+    low = w.to(dtype=dtype)
+    expected = bsr_linear(x.to(dtype), low, bias.to(dtype), impl=impl, tile=TILE)
+    for out in outs:
+        assert out.dtype == dtype
+        assert torch.equal(out, expected)
+
+
+def test_backward_says_that_it_is_missing(device):
+    w, x = sparse(16, 16, device=device), torch.ones(2, 16, device=device, requires_grad=True)
+    with pytest.raises(NotImplementedError, match="bsr_linear has no backward yet"):
+        bsr_linear(x, w, impl="torch").sum().backward()
+    w.values.requires_grad_()
+    with pytest.raises(NotImplementedError, match="bsr_linear has no backward yet"):
+        bsr_linear(x.detach(), w, impl="torch").sum().backward()
+    with torch.no_grad():
+        assert not bsr_linear(x, w, impl="torch").requires_grad
+
+
+def op_arguments(x, w, bias, impl):
+    return (x, w.values, w.crow, w.col, w.ccol, w.row, w.perm, w.row_order, bias, w.shape[0],
+            "relu", impl, [16, 16, 2, 1])  # fmt: skip
+
+
+def test_op_is_sound(impl, device):
+    w = sparse(32, 48, device=device)
+    for x in (torch.randn(5, 48), torch.randn(48, 5).T, torch.randn(2, 3, 48), torch.randn(48)):
+        for bias in (torch.randn(32, device=device), None):
+            opcheck(bsr_matmul._bsr_linear_op, op_arguments(x.to(device), w, bias, impl))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiles_without_graph_breaks(backend, impl, device):
+    w, bias = sparse(32, 48, device=device), torch.randn(32, device=device)
+    fn = torch.compile(bsr_linear, fullgraph=True, backend=backend)
+    for m in (3, 5, 7):
+        x = torch.randn(m, 48, device=device)
+        expected = bsr_linear(x, w, bias, "relu", impl=impl, tile=TILE)
+        assert torch.equal(fn(x, w, bias, "relu", impl=impl, tile=TILE), expected)
+
+
+def test_compiles_from_the_buffers_of_a_layer(device):
+    w, bias = sparse(32, 48, device=device), torch.randn(32, device=device)
+
+    class Layer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            for name in ("values", "crow", "col", "ccol", "row", "perm", "row_order"):
+                self.register_buffer(name, getattr(w, name))
+
+        def forward(self, x):
+            held = self._buffers
+            held = BlockSparse._from_validated(shape=(32, 48), **held)  # pyright: ignore
+            return bsr_linear(x, held, bias, "silu")
+
+    layer, x = Layer(), torch.randn(3, 48, device=device)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), layer(x))
+    with torch.autocast(device.type, torch.bfloat16):
+        assert torch.equal(compiled(x), layer(x))
+
+
+def test_fake_result_has_the_strides_of_the_real_one(impl, device):
+    w = sparse(32, 48, device=device)
+    for x in (torch.randn(5, 48), torch.randn(48, 3, 2).permute(1, 2, 0), torch.randn(0, 48)):
+        out = bsr_linear(x.to(device), w, impl=impl, tile=TILE)
+        with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            fake = bsr_linear(mode.from_tensor(x.to(device)), w, impl=impl, tile=TILE)
+        assert (fake.shape, fake.stride(), fake.dtype) == (out.shape, out.stride(), out.dtype)
+
+
+def test_flops_count_stored_weights(device):
+    w = sparse(64, 96, device=device)
+    with FlopCounterMode(display=False) as counter:
+        bsr_linear(torch.ones(2, 5, 96, device=device), w, impl="torch")
+    assert counter.get_total_flops() == 2 * 10 * w.nnz * 256
+
+
+def kernel_functions():
+    tree = ast.parse(inspect.getsource(bsr_matmul))
+    return [f for f in tree.body if isinstance(f, ast.FunctionDef) and f.name.endswith("_kernel")]
+
+
+def test_every_masked_load_has_a_fill_value():
+    loads = [
+        node
+        for function in kernel_functions()
+        for node in ast.walk(function)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "tl.load"
+    ]
+    masked = [{k.arg for k in load.keywords} for load in loads]
+    masked = [names for names in masked if "mask" in names]
+    assert masked
+    assert all("other" in names for names in masked)
+
+
+def test_no_size_or_stride_is_specialised():
+    for function in kernel_functions():
+        (decorator,) = function.decorator_list
+        assert isinstance(decorator, ast.Call)
+        declared = ast.literal_eval(decorator.keywords[0].value)
+        sizes = [
+            arg.arg
+            for arg in function.args.args
+            if arg.annotation is None and not arg.arg.endswith("_ptr")
+        ]
+        assert declared == sizes
+
+
+def test_tiles_are_legal():
+    names = [candidate.name for candidate in BSR_LINEAR_CANDIDATES]
+    assert len(set(names)) == len(names)
+    for dtype in DTYPES:
+        for bn in (16, 32, 64, 128, 256):
+            for bk in (16, 32, 64, 128, 256):
+                for m in (0, 1, 16, 17, 63, 128, 1 << 20):
+                    tile = tile_for_bsr_linear(m, (bn, bk), dtype)
+                    assert tile.BLOCK_M in (16, 32, 64, 128)
+                    assert min(m, 32) <= tile.BLOCK_M
+                    assert 16 <= tile.BLOCK_K <= bk
+                    assert 2 <= tile.num_stages <= 4
+                    assert stage_bytes(tile, bn, dtype) * tile.num_stages <= 96 * 1024
+
+
+def stage_bytes(tile: Tile, bn: int, dtype: torch.dtype) -> int:
+    return (tile.BLOCK_M + min(bn, MAX_BLOCK_N)) * tile.BLOCK_K * dtype.itemsize
+
+
+def compiled(card, m, block, dtype, aligned=True):
+    """The kernel for ``card`` with the tile that ships."""
+    tile = tile_for_bsr_linear(m, block, dtype)
+    element = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}[dtype]
+    signature = (
+        dict.fromkeys(("x_ptr", "values_ptr", "bias_ptr", "out_ptr"), element)
+        | dict.fromkeys(("crow_ptr", "col_ptr", "row_order_ptr"), "*i32")
+        | dict.fromkeys(("M", "N", "K"), "i32")
+        | dict.fromkeys(("stride_xm", "stride_xk", "stride_om", "stride_on"), "i32")
+    )
+    constexprs = {
+        "HAS_BIAS": True, "ACTIVATION": "gelu", "ALIGNED_K": aligned, "ALIGNED_N": aligned,
+        "SOFT_BF16": False, "PRECISION": "ieee", "BN": block[0], "BK": block[1],
+        "BLOCK_M": tile.BLOCK_M, "BLOCK_N": min(block[0], MAX_BLOCK_N), "BLOCK_K": tile.BLOCK_K,
+    }  # fmt: skip
+    kernel = bsr_matmul._bsr_linear_fwd_kernel
+    return tile, compile_for(card, kernel, signature, constexprs, tile.num_warps, tile.num_stages)
+
+
+@pytest.mark.compiles
+@pytest.mark.parametrize("card", CARDS, ids=lambda card: str(card[1]))
+def test_kernel_compiles_for_every_card(card):
+    for m, block, dtype in (
+        (1, (64, 64), torch.bfloat16), (512, (64, 64), torch.bfloat16),
+        (32, (16, 16), torch.float16),
+        (1, (128, 128), torch.bfloat16), (512, (128, 128), torch.float16),
+        (512, (64, 64), torch.float32),
+    ):  # fmt: skip
+        tile, code = compiled(card, m, block, dtype)
+        case = f"{m} {block} {dtype} {tile}: {code.registers} registers, {code.shared} bytes"
+        assert code.spills == 0, case
+        assert code.shared <= (64 if card[0] == "hip" else 99) * 1024, case
+        if dtype != torch.float32:
+            assert code.matrix_instruction, case
+        if card[0] == "cuda":
+            # copies of sixteen bytes, or of all that there is for a thread
+            sizes = re.findall(
+                r"cp\.async\.c[ag]\.shared\.global \[[^]]*\], \[[^]]*\], (\w+)", code.assembly
+            )
+            row = tile.BLOCK_K * dtype.itemsize
+            threads = 32 * tile.num_warps
+            expected = {min(16, n * row // threads) for n in (tile.BLOCK_M, min(block[0], 128))}
+            assert {int(size, 0) for size in sizes} == expected, case
+            # the pipeline's depth; where products read registers one stage less is stored
+            assert code.shared >= (tile.num_stages - 1) * stage_bytes(tile, block[0], dtype), case
+
+
+@pytest.mark.compiles
+def test_any_stride_compiles_without_spills():
+    _, code = compiled(("cuda", 80, 32), 512, (64, 64), torch.float16, aligned=False)
+    assert code.spills == 0
+    assert code.matrix_instruction

@@ -1,0 +1,281 @@
+import pytest
+import torch
+from cards import CARDS, compile_for
+from helpers import DTYPES, assert_exact, assert_within_twice, integers, layouts
+from sgtriton_kernels import gate as gate_module
+from sgtriton_kernels import gate_layout, gate_weight, gate_weight_ref
+from sgtriton_kernels.blocks import expand_gates, sum_blocks
+from sgtriton_kernels.gate import binarise
+from torch.library import opcheck
+
+# weight shape, block, groups: per weight, ragged, whole dimensions, taps, groups, 1, 0, many tiles
+LINEAR = [
+    ((7, 33), (1, 1), 1),
+    ((13, 30), (4, 4), 1),
+    ((37, 53), (32, 32), 1),
+    ((5, 70), (1, None), 1),
+    ((5, 70), (None, 1), 1),
+    ((5, 70), (None, None), 1),
+    ((1, 1), (2, 2), 1),
+    ((0, 16), (4, 4), 1),
+    ((16, 0), (1, 1), 1),
+]
+CONV = [
+    ((6, 4, 3, 2), (1, 1), 1),
+    ((6, 5, 3, 3), (4, 2), 2),
+    ((6, 4, 3, 2), (1, None), 1),
+    ((6, 4, 3, 2), (None, 1), 2),
+    ((10, 6, 5), (4, 4), 1),
+]
+CASES = LINEAR + CONV
+
+
+def make(shape, block, groups, dtype, device, kind="random"):
+    layout = gate_layout(shape, block, groups)
+    w = integers(*shape, dtype=dtype, device=device) if kind == "integers" else (
+        torch.randn(shape, device=device).to(dtype)
+    )  # fmt: skip
+    gate = torch.rand(layout.gate_shape, device=device)
+    return layout, w.requires_grad_(), gate.requires_grad_()
+
+
+def ste(w, gate, layout, dtype):
+    """The same in eager autograd: what a user would write."""
+    b = (gate > 0.5).to(gate.dtype)
+    through = b + gate - gate.detach()
+    return (w * expand_gates(through, layout).to(w.dtype)).to(dtype)
+
+
+@pytest.mark.parametrize(("shape", "block", "groups"), CASES)
+def test_gate_weight_reference_matches_fp64_pytorch(shape, block, groups):
+    layout, w, gate = make(shape, block, groups, torch.float64, "cpu")
+    ref = gate_weight_ref(w.detach(), gate > 0.5, block, groups)
+    assert_exact("out", ref, w.detach() * expand_gates((gate > 0.5).double(), layout))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("shape", "block", "groups"), CASES)
+def test_gate_weight_is_exact_on_integers(shape, block, groups, dtype, device, impl):
+    layout, w, gate = make(shape, block, groups, dtype, device, "integers")
+    dout = integers(*shape, dtype=dtype, device=device)
+    out = gate_weight(w, gate, block, groups=groups, impl=impl)
+    ref = gate_weight_ref(w.detach().cpu(), (gate > 0.5).cpu(), block, groups)
+    assert_exact("out", out.cpu(), ref)
+    dw, dgate = torch.autograd.grad(out, (w, gate), dout)
+    assert_exact("dw", dw.cpu(), gate_weight_ref(dout.cpu(), (gate > 0.5).cpu(), block, groups))
+    assert_exact("dgate", dgate, sum_blocks(dout.double() * w.double(), layout))
+    assert dw.dtype == w.dtype
+    assert dgate.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("shape", "block", "groups"), [CASES[1], CASES[3], CASES[10]])
+def test_gate_weight_is_within_twice_pytorchs_error(shape, block, groups, dtype, device, impl):
+    layout, w, gate = make(shape, block, groups, torch.float32, device)
+    dout = torch.randn(shape, device=device, dtype=dtype)
+
+    out = gate_weight(w, gate, block, groups=groups, dtype=dtype, impl=impl)
+    dw, dgate = torch.autograd.grad(out, (w, gate), dout)
+    plain = ste(w, gate, layout, dtype)
+    plain_dw, plain_dgate = torch.autograd.grad(plain, (w, gate), dout)
+    w64, gate64 = w.detach().double().requires_grad_(), gate.detach().double().requires_grad_()
+    out64 = ste(w64, gate64, layout, torch.float64)
+    dw64, dgate64 = torch.autograd.grad(out64, (w64, gate64), dout.double())
+
+    assert_within_twice("out", out, out64, plain)
+    assert_within_twice("dw", dw, dw64, plain_dw)
+    assert_within_twice("dgate", dgate, dgate64, plain_dgate)
+
+
+@pytest.mark.parametrize(
+    ("shape", "block", "groups"),
+    [CASES[0], ((7, 33), (4, 16), 1), ((4, 5, 2, 2), (2, 4), 1)],
+)
+def test_gate_weight_takes_any_layout_of_weight_and_gradient(shape, block, groups, device, impl):
+    layout, w, gate = make(shape, block, groups, torch.float32, device, "integers")
+    w, douts = w.detach(), layouts(integers(*shape, device=device))
+    douts["expanded"] = torch.ones((), device=device).expand(shape)  # what .sum() hands over
+    for name, view in layouts(w).items():
+        view.requires_grad_()
+        out = gate_weight(view, gate, block, groups=groups, impl=impl)
+        assert out.is_contiguous()
+        assert_exact(f"out, w {name}", out, w * expand_gates(gate > 0.5, layout))
+        for dname, dout in douts.items():
+            dw, dgate = torch.autograd.grad(out, (view, gate), dout, retain_graph=True)
+            assert_exact(f"dw, {name}, {dname}", dw, dout * expand_gates(gate > 0.5, layout))
+            assert_exact(f"dgate, {name}, {dname}", dgate, sum_blocks(dout * w, layout))
+
+
+def test_gate_gradient_is_straight_through_at_and_outside_the_bounds(device, impl):
+    gate = torch.tensor([[-0.5, 0.0, 0.5, 0.500001, 1.0, 1.5]], device=device, requires_grad=True)
+    w = torch.ones(1, 6, device=device)
+    out = gate_weight(w, gate, impl=impl)
+    assert out.tolist() == [[0.0, 0.0, 0.0, 1.0, 1.0, 1.0]]  # 0.5 is closed
+    out.sum().backward()
+    assert gate.grad is not None
+    assert gate.grad.tolist() == [[1.0] * 6]
+
+
+def test_closed_weight_is_exactly_zero_even_if_it_holds_nan(device, impl):
+    w = torch.tensor([[float("nan"), float("inf"), 2.0]], device=device)
+    gate = torch.tensor([[0.0, 0.0, 1.0]], device=device)
+    assert gate_weight(w, gate, impl=impl).tolist() == [[0.0, 0.0, 2.0]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("shape", "block", "groups"), [CASES[0], CASES[1], CASES[10]])
+def test_cast_rounds_as_pytorch_does(shape, block, groups, dtype, device, impl):
+    w = torch.randn(shape, device=device).requires_grad_()
+    gate = torch.ones(gate_layout(shape, block, groups).gate_shape, device=device)
+    out = gate_weight(w, gate, block, groups=groups, dtype=dtype, impl=impl)
+    assert_exact("out", out, w.to(dtype))
+    low = torch.randn(shape, device=device).to(dtype).requires_grad_()
+    dout = torch.randn(shape, device=device)
+    wide = gate_weight(low, gate, block, groups=groups, dtype=torch.float32, impl=impl)
+    assert_exact("dw", torch.autograd.grad(wide, low, dout)[0], dout.to(dtype))
+
+
+def test_bernoulli_gates_at_0_and_1_are_exact_and_others_keep_their_rate(device, impl):
+    w = torch.ones(64, 512, device=device)
+    for p in (0.0, 0.001, 0.3, 0.5, 0.999, 1.0):
+        gate = torch.full((64, 512), p, device=device)
+        seed = torch.tensor([17], device=device)
+        rate = gate_weight(w, gate, kind="bernoulli", seed=seed, impl=impl).mean().item()
+        assert abs(rate - p) <= 4 * (p * (1 - p) / w.numel()) ** 0.5
+
+
+@pytest.mark.parametrize(("shape", "block", "groups"), [CASES[0], CASES[1], CASES[10]])
+def test_bernoulli_backward_sees_the_mask_of_forward(shape, block, groups, device, impl):
+    layout, w, gate = make(shape, block, groups, torch.float32, device, "integers")
+    seed = torch.tensor([5], device=device)
+    out = gate_weight(torch.ones_like(w), gate, block, groups=groups, kind="bernoulli", seed=seed, impl=impl)  # fmt: skip  # noqa: E501
+    again = gate_weight(w, gate, block, groups=groups, kind="bernoulli", seed=seed, impl=impl)
+    assert_exact("redrawn", again, w.detach() * out)
+    assert 0 < out.mean() < 1
+    dw, dgate = torch.autograd.grad(again, (w, gate), torch.ones_like(again))
+    assert_exact("dw", dw, out)
+    assert_exact("dgate", dgate, sum_blocks(w.detach(), layout))
+
+
+def test_bernoulli_mask_depends_on_the_seed(device, impl):
+    w, gate = torch.ones(8, 64, device=device), torch.full((8, 64), 0.5, device=device)
+    first, same, other = (
+        gate_weight(w, gate, kind="bernoulli", seed=torch.tensor([s], device=device), impl=impl)
+        for s in (1, 1, 2)
+    )
+    assert_exact("same seed", first, same)
+    assert not torch.equal(first, other)
+
+
+def philox_uniform(seed: int, counter: int) -> float:
+    """First output of Philox4x32-10 (Salmon et al. 2011) as a number in [0, 1)."""
+    word = 0xFFFFFFFF
+    c, k = [counter & word, counter >> 32, 0, 0], [seed & word, seed >> 32]
+    for _ in range(10):
+        high, low = 0xCD9E8D57 * c[2], 0xD2511F53 * c[0]
+        c = [(high >> 32) ^ c[1] ^ k[0], high & word, (low >> 32) ^ c[3] ^ k[1], low & word]
+        k = [(k[0] + 0x9E3779B9) & word, (k[1] + 0xBB67AE85) & word]
+    magnitude = c[0] if c[0] < 1 << 31 else c[0] ^ word
+    return magnitude * 4.6566127342e-10
+
+
+def test_triton_draws_the_same_mask_wherever_it_runs(device):
+    """Philox keyed by (seed, gate index): interpreter, native CPU code and cards agree."""
+    from sgtriton_kernels._triton import why_not_triton
+
+    if reason := why_not_triton(device):
+        pytest.skip(reason)
+    seed = (3 << 40) + 17  # both words of the key count
+    w, gate = torch.ones(3, 32, device=device), torch.full((3, 32), 0.5, device=device)
+    out = gate_weight(
+        w, gate, kind="bernoulli", seed=torch.tensor([seed], device=device), impl="triton"
+    )
+    expected = [float(philox_uniform(seed, i) < 0.5) for i in range(96)]
+    assert out.flatten().tolist() == expected
+
+
+def test_gate_weight_passes_gradcheck_in_the_weight():
+    gate = torch.rand(3, 2)
+    w = torch.randn(9, 8, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda w: gate_weight(w, gate, (4, 4), impl="torch"), (w,))
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"block": (0, 1)}, "block sides"),
+        ({"block": (1, -4)}, "block sides"),
+        ({"block": 4}, "pair"),
+        ({"kind": "sigmoid"}, "threshold"),
+        ({"gate": torch.rand(2, 2)}, "shape"),
+        ({"gate": torch.rand(4, 6).half()}, "float32"),
+        ({"gate": torch.rand(4, 6, device="meta")}, "device"),
+        ({"w": torch.ones(4, 6, dtype=torch.int32)}, "w must be one of"),
+        ({"w": torch.ones(4)}, "2 dimensions"),
+        ({"groups": 3}, "groups"),
+        ({"kind": "bernoulli"}, "seed"),
+        ({"kind": "bernoulli", "seed": torch.rand(1)}, "int64"),
+        ({"impl": "cuda"}, "implementation"),
+    ],
+)
+def test_gate_weight_refuses(change, match):
+    arguments = {"w": torch.rand(4, 6), "gate": torch.rand(4, 6)} | change
+    with pytest.raises(ValueError, match=match):
+        gate_weight(arguments.pop("w"), arguments.pop("gate"), **arguments)
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+def test_gate_weight_is_a_sound_custom_op(seed, device, impl):
+    _, w, gate = make((9, 10), (4, 4), 1, torch.float32, device)
+    seed = None if seed is None else torch.tensor([seed], device=device)
+    ops = torch.ops.sgtriton_kernels
+    opcheck(ops.gate_weight.default, (w, gate, seed, 4, 4, 1, torch.bfloat16, impl))
+    dout = torch.randn(9, 10, device=device)
+    args = (dout, w.detach(), gate.detach(), seed, 4, 4, 1, impl, True)
+    opcheck(ops.gate_weight_bwd.default, args)
+
+
+def test_gate_weight_compiles_without_graph_breaks(device, impl):
+    _, w, gate = make((9, 10), (4, 4), 1, torch.float32, device)
+
+    def step(w, gate):
+        return gate_weight(w, gate, (4, 4), impl=impl).square().sum()
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for out, ref in zip(
+        torch.autograd.grad(compiled(w, gate), (w, gate)),
+        torch.autograd.grad(step(w, gate), (w, gate)),
+        strict=True,
+    ):
+        assert_exact("gradient", out, ref)
+
+
+POINTERS = {
+    "w_ptr": "*fp32", "gate_ptr": "*fp32", "seed_ptr": "*i64", "dout_ptr": "*bf16",
+    "out_ptr": "*bf16", "dw_ptr": "*fp32", "dgate_ptr": "*fp32",
+}  # fmt: skip
+SIZES = dict.fromkeys(
+    ("numel", "K", "ROWS", "GATE_ROWS", "GATE_COLS", "BN", "BK", "T", "TG"), "i32"
+)
+
+
+@pytest.mark.compiles
+@pytest.mark.parametrize("card", CARDS, ids=lambda card: str(card[1]))
+@pytest.mark.parametrize("bernoulli", [False, True], ids=["threshold", "bernoulli"])
+def test_gate_weight_kernels_compile_for(card, bernoulli):
+    flat = {"BERNOULLI": bernoulli, "SOFT_BF16": False, "BLOCK": 1024}
+    block = {"BERNOULLI": bernoulli, "SOFT_BF16": False, "BLOCK_R": 16, "BLOCK_C": 32}
+    for kernel, constexprs in (
+        (gate_module._gate_weight_fwd_kernel, flat),
+        (gate_module._gate_weight_bwd_kernel, flat),
+        (gate_module._gate_weight_fwd_block_kernel, block | {"UNIT_STEP": True}),
+        (gate_module._gate_weight_bwd_block_kernel, block | {"UNIT_STEP": True}),
+        (gate_module._gate_weight_bwd_block_kernel, block | {"UNIT_STEP": False}),
+    ):
+        compiled = compile_for(card, kernel, POINTERS | SIZES, constexprs)
+        assert compiled.spills == 0
+
+
+def test_draws_of_the_torch_implementation_never_reach_1():
+    gate = torch.ones(1 << 16)
+    assert binarise(gate, "bernoulli", torch.tensor([1])).all()
