@@ -39,7 +39,7 @@ def assert_within_twice(
 
 def assert_close(name: str, out: torch.Tensor, ref: torch.Tensor) -> None:
     """Plumbing: the same values up to the dtype's usual error."""
-    assert out.shape == ref.shape and out.dtype == ref.dtype, f"{name}: {out.shape} {out.dtype}"
+    assert (out.shape, out.dtype) == (ref.shape, ref.dtype), f"{name}: {out.shape} {out.dtype}"
     if ref.numel() == 0:
         return
     assert torch.isfinite(out).all(), f"{name}: not finite"

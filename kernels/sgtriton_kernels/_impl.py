@@ -42,8 +42,6 @@ def use_impl(impl: str) -> Iterator[None]:
         _override.reset(token)
 
 
-# a traced function keeps the choice: contextvars cannot be traced, and dispatch is ahead of a call
-@torch.compiler.assume_constant_result
 def resolve_impl(
     impl: str | None, device: torch.device, op: str, unsupported: str | None = None
 ) -> str:
@@ -80,6 +78,12 @@ def resolve_impl(
         _warned.add(message)
         warnings.warn(f"{message}; using the torch implementation", stacklevel=3)
     return "torch"
+
+
+# A traced function keeps the choice: contextvars cannot be traced, and dispatch is ahead of a call.
+# This is the mark that torch.compiler.assume_constant_result sets; the decorator itself would
+# import the compiler, which takes longer than everything else here.
+setattr(resolve_impl, "_dynamo_marked_constant", True)  # noqa: B010
 
 
 def _check(impl: str, asked_by: str) -> str:

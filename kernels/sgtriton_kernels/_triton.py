@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+__all__ = ["INTERPRETED", "tl", "triton", "why_not_triton"]
+
 try:
     import triton
     import triton.language as tl

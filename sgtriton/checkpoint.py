@@ -1,0 +1,447 @@
+"""Save and load models of which only the open weights are stored.
+
+A file is a safetensors container of plain arrays, with a JSON text in its metadata: format version,
+per sparse layer its type, shape, block, forms, per array a checksum. Loading runs no code and
+checks everything on the CPU before the model is touched: a block index is an address to a kernel.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import itertools
+import json
+import math
+import os
+import platform
+import reprlib
+import secrets
+import time
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as read_container
+from safetensors.torch import save as write_container
+from sgtriton_kernels import gate_layout
+from sgtriton_kernels.gate import GATE_KINDS
+from torch import nn
+
+from .layers import GatedModule
+from .patching import Model, leave_fast_paths
+from .serving import choose_forms, stored_part
+from .sparse_layers import (
+    BUCKETS,
+    FORMS,
+    SparseModule,
+    dense_type_of,
+    densify_layer,
+    sparsify_layer,
+    stored_like,
+    weight_shape_of,
+)
+from .state import check_states_of
+from .stored import StoredWeight
+
+FORMAT = 1
+_KEY, _KEY_SUM = "sgtriton", "sgtriton_crc32"
+_LARGEST_HEADER = 64 << 20
+_OLD = 3600.0  # seconds after which a stray temporary file is nobody's
+
+
+def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write a model's state, of its gated and sparse layers the open weights only.
+
+    The file is written beside ``path`` and renamed, so that ``path`` always holds a whole file, the
+    old or the new. The model is unchanged.
+
+    Args:
+        model: gated model (a gate is open if it is above 0.5) or sparse model.
+        path: file to write.
+
+    Raises:
+        ValueError: a model without gated or sparse layers, a NaN gate (names the layer), a folder
+            that does not exist or cannot be written to.
+    """
+    path = Path(path)
+    if not os.path.isdir(path.parent) or os.path.isdir(path):
+        raise ValueError(f"{path}: a file in a folder that exists is needed")
+    layers = _our_layers(model)
+    if not layers:
+        raise ValueError(
+            "the model has no gated or sparse layer, so that there is nothing to leave out; use "
+            "safetensors or torch.save for a dense model"
+        )
+    tensors, described = {}, {}
+    for name, layer in layers.items():
+        stored = stored_part(name, layer)
+        described[name] = _describe(layer)
+        tensors |= {_join(name, key): t for key, t in stored.tensors().items()}
+    tensors |= _other_state(model, layers)
+    tensors, same_as = _store_once(tensors)
+    description = {
+        "format": FORMAT,
+        "layers": described,
+        "same_as": same_as,
+        "checksums": {name: _checksum(t) for name, t in tensors.items()},
+    }
+    text = json.dumps(description, sort_keys=True)
+    metadata = {_KEY: text, _KEY_SUM: str(zlib.crc32(text.encode()))}
+    try:
+        _replace(path, write_container(tensors, metadata))
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be written: {error}") from error
+
+
+def load(model: Model, path: str | os.PathLike[str]) -> Model:
+    """Load a file written by :func:`save` into a model of the same architecture.
+
+    Layers of which the file stores open weights become sparse layers. They compute in the forms
+    that the file records, so that a reload gives the same bits; forms are timed anew on another
+    kind of device.
+
+    Args:
+        model: the dense, gated or sparse model; changed in place, stays on its device and in its
+            dtypes.
+        path: file written by :func:`save`.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: a file that is missing, truncated, damaged, not ours, of an unknown version, or
+            for another model; names the file, the layer and the rule. The model is unchanged then.
+    """
+    path = Path(path)
+    description, tensors = _read(path)
+    try:
+        _check_device(model)
+        stored, forms = _check_layers(model, description, tensors)
+        others = _check_others(model, stored, tensors)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    modules = dict(model.named_modules())
+    for name, layer in _our_layers(model).items():
+        if name not in stored:
+            densify_layer(layer)
+    for name, part in stored.items():
+        layer, entry = modules[name], description["layers"][name]
+        like = layer.values if isinstance(layer, SparseModule) else layer.weight
+        block = tuple(entry["gate_block"])
+        sparse = sparsify_layer(layer, stored_like(part, like.detach()), block, entry["gate_kind"])  # pyright: ignore
+        recorded = forms[name]
+        if recorded is None or entry["device"] != like.device.type:
+            choose_forms(sparse, dense_copy=entry["dense_copy"])
+        else:
+            sparse.set_forms(recorded, "as recorded in the file", entry["dense_copy"])
+    # everything was checked, so that nothing is missing but what the sparse layers hold already
+    model.load_state_dict(others, strict=False)
+    leave_fast_paths(model)
+    check_states_of(model)
+    return model
+
+
+def _our_layers(model: nn.Module) -> dict[str, nn.Module]:
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, (GatedModule, SparseModule))
+    }
+
+
+def _join(layer: str, key: str) -> str:
+    return f"{layer}.{key}" if layer else key
+
+
+def _weight_keys(model: nn.Module, layers: Iterable[nn.Module]) -> set[str]:
+    """State-dict keys that can stand for the weights of ``layers``, under all names of each."""
+    ids = set(map(id, layers))
+    return {
+        _join(name, key)
+        for name, module in model.named_modules(remove_duplicate=False)
+        if id(module) in ids
+        for key in ("weight", "gate", "values", "crow", "col", "bits")
+    }
+
+
+def _describe(layer: nn.Module) -> dict[str, Any]:
+    dense_type = dense_type_of(layer)
+    assert dense_type is not None
+    sparse = isinstance(layer, SparseModule)
+    device = (layer.values if sparse else layer.weight).device  # pyright: ignore
+    return {
+        "type": dense_type.__name__,
+        "shape": list(weight_shape_of(layer)),
+        "groups": getattr(layer, "groups", 1),
+        "gate_block": list(layer.gate_block),  # pyright: ignore
+        "gate_kind": layer.gate_kind,
+        "forms": layer.forms if sparse else None,
+        "dense_copy": layer._dense_copy if sparse else True,
+        "device": device.type,  # pyright: ignore
+    }
+
+
+def _other_state(model: nn.Module, layers: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
+    """The state dict without what stands for our layers' weights."""
+    own = _weight_keys(model, layers.values())
+    state = {key: value for key, value in model.state_dict().items() if key not in own}
+    for key, value in state.items():
+        _check_is_tensor(key, value)
+    return state
+
+
+def _store_once(
+    tensors: dict[str, torch.Tensor],
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors as the container wants them: on the CPU, contiguous, tied ones once."""
+    first: dict[Any, str] = {}
+    kept: dict[str, torch.Tensor] = {}
+    same_as: dict[str, str] = {}
+    for name, tensor in tensors.items():
+        memory = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device)
+        if tensor.numel() and memory in first:
+            same_as[name] = first[memory]
+        else:
+            first[memory] = name
+            # a copy of its own: views of one storage are refused by the container
+            kept[name] = tensor.detach().cpu().contiguous().clone()
+    return kept, same_as
+
+
+def _checksum(tensor: torch.Tensor) -> int:
+    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    data = memoryview(flat.numpy())  # pyright: ignore[reportArgumentType]
+    return zlib.crc32(f"{tensor.dtype}{tuple(tensor.shape)}".encode(), zlib.crc32(data))
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Write beside ``path``, then rename: a reader never meets half a file."""
+    machine = f"{zlib.crc32(platform.node().encode()):08x}"
+    for stray in path.parent.glob(f"{glob.escape(f'.{path.name}.')}*.tmp"):
+        with contextlib.suppress(OSError):  # another process was faster
+            if _is_abandoned(stray, machine):
+                stray.unlink()
+    beside = path.parent / f".{path.name}.{machine}-{os.getpid()}-{secrets.token_hex(4)}.tmp"
+    try:
+        with open(beside, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _is_abandoned(stray: Path, machine: str) -> bool:
+    """Whether nobody will rename a temporary file: it is old, or its writer is dead."""
+    if time.time() - stray.stat().st_mtime > _OLD:
+        return True
+    writer = stray.name.split(".")[-2].split("-")
+    if os.name != "posix" or len(writer) != 3 or writer[0] != machine or not writer[1].isdecimal():
+        return False
+    try:
+        os.kill(int(writer[1]), 0)  # asks only whether there is such a process
+    except ProcessLookupError:
+        return True
+    except (OSError, OverflowError):
+        pass
+    return False
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The file's description and tensors, its container and checksums checked."""
+    try:
+        if not path.is_file():
+            raise ValueError(f"{path}: no such file")
+        data = path.read_bytes()  # a copy: the file may change while it is checked
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error}") from error
+    text, text_sum = _metadata(path, data)
+    if text_sum != str(zlib.crc32(text.encode())):
+        raise ValueError(f"{path}: damaged: its description has another checksum than it states")
+    try:
+        description = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: damaged: its description is no JSON ({error})") from None
+    _check_description(path, description)
+    try:
+        tensors = read_container(data)
+    except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
+        raise ValueError(f"{path}: truncated or damaged: {error}") from None
+    checksums = description["checksums"]
+    if set(tensors) != set(checksums):
+        names = sorted(set(tensors) ^ set(checksums))
+        raise ValueError(f"{path}: damaged: tensors {names[:5]} are missing or not described")
+    for name, tensor in tensors.items():
+        if _checksum(tensor) != checksums[name]:
+            raise ValueError(f"{path}: damaged: {name} has another checksum than the file states")
+    aliases = {}
+    for alias, name in description["same_as"].items():
+        if not isinstance(name, str) or name not in tensors or alias in tensors:
+            raise ValueError(
+                f"{path}: damaged: {alias} is stored as {reprlib.repr(name)}, which the file does "
+                "not hold"
+            )
+        aliases[alias] = tensors[name]
+    tensors |= aliases
+    return description, tensors
+
+
+def _metadata(path: Path, data: bytes) -> tuple[str, str]:
+    """Our two metadata texts, read without trusting a length in the file."""
+    not_ours = ValueError(f"{path}: not a file written by sgtriton.save")
+    if len(data) < 8:
+        raise not_ours
+    length = int.from_bytes(data[:8], "little")
+    if length > min(len(data) - 8, _LARGEST_HEADER):
+        raise ValueError(f"{path}: truncated, or not a file written by sgtriton.save")
+    try:
+        header = json.loads(data[8 : 8 + length])
+        metadata = header["__metadata__"]
+        text, text_sum = metadata[_KEY], metadata[_KEY_SUM]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise not_ours from None
+    if not isinstance(text, str) or not isinstance(text_sum, str):
+        raise not_ours
+    return text, text_sum
+
+
+def _check_description(path: Path, description: Any) -> None:
+    if not isinstance(description, dict) or "format" not in description:
+        raise ValueError(f"{path}: not a file written by sgtriton.save")
+    version = description["format"]
+    if version != FORMAT or isinstance(version, (bool, float)):
+        raise ValueError(
+            f"{path}: format {reprlib.repr(version)}, this version of sgtriton reads {FORMAT}"
+        )
+    for field, kind in (("layers", dict), ("same_as", dict), ("checksums", dict)):
+        if not isinstance(description.get(field), kind):
+            raise ValueError(f"{path}: damaged: field {field!r} is missing")
+
+
+def _check_device(model: nn.Module) -> None:
+    for key, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if tensor.device.type == "meta":
+            raise ValueError(f"{key}: the model is on the meta device; call model.to_empty first")
+
+
+def _check_layers(
+    model: nn.Module, description: dict[str, Any], tensors: dict[str, torch.Tensor]
+) -> tuple[dict[str, StoredWeight], dict[str, dict[str, str] | None]]:
+    """The stored weights of the file's sparse layers; takes their tensors out of ``tensors``."""
+    modules = dict(model.named_modules())
+    stored: dict[str, StoredWeight] = {}
+    forms: dict[str, dict[str, str] | None] = {}
+    for name, entry in description["layers"].items():
+        shown = name or "the model"
+        _check_entry(shown, entry)
+        if name not in modules:
+            raise ValueError(
+                f"{shown}: the model has no such layer; is the file for another model?"
+            )
+        layer = modules[name]
+        dense_type = dense_type_of(layer)
+        if dense_type is None or dense_type.__name__ != entry["type"]:
+            raise ValueError(
+                f"{shown}: the file holds a {entry['type']}, the model a {type(layer).__name__}"
+            )
+        shape, groups = tuple(entry["shape"]), entry["groups"]
+        if shape != weight_shape_of(layer) or groups != getattr(layer, "groups", 1):
+            raise ValueError(
+                f"{shown}: the file's weight has shape {shape} in {groups} groups, the model's "
+                f"{weight_shape_of(layer)} in {getattr(layer, 'groups', 1)}"
+            )
+        if isinstance(layer, GatedModule) and layer.gate_kind != entry["gate_kind"]:
+            raise ValueError(
+                f"{shown}: the file was written from gates of kind {entry['gate_kind']!r}, the "
+                f"model's are {layer.gate_kind!r}"
+            )
+        try:
+            layout = gate_layout(shape, tuple(entry["gate_block"]), groups)
+            names = ("values", "bits") if layout.per_weight else ("values", "crow", "col")
+            held = {
+                key: tensors.pop(_join(name, key)) for key in names if _join(name, key) in tensors
+            }
+            stored[name] = StoredWeight.from_tensors(held, layout)
+        except ValueError as error:
+            raise ValueError(f"{shown}: {error}") from None
+        forms[name] = recorded = entry["forms"]
+        blocks = stored[name].matrix is not None and entry["type"] == "Linear"
+        if recorded and not blocks and set(recorded.values()) != {"dense"}:
+            raise ValueError(f"{shown}: form 'sparse' is for Linear layers stored in blocks")
+    return stored, forms
+
+
+def _check_entry(shown: str, entry: Any) -> None:
+    """Raise unless a layer's entry has the right fields; the file may come from anywhere."""
+
+    def is_size(value: Any) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+    def is_forms(value: Any) -> bool:
+        return value is None or (
+            isinstance(value, dict)
+            and set(value) == set(BUCKETS)
+            and all(form in FORMS for form in value.values())
+        )
+
+    rules: dict[str, Any] = {
+        "type": lambda v: isinstance(v, str),
+        "shape": lambda v: isinstance(v, list) and 2 <= len(v) <= 5 and all(map(is_size, v)),
+        "groups": is_size,
+        "gate_block": lambda v: (
+            isinstance(v, list) and len(v) == 2 and all(s is None or is_size(s) for s in v)
+        ),
+        "gate_kind": lambda v: v in GATE_KINDS,
+        "forms": is_forms,
+        "dense_copy": lambda v: isinstance(v, bool),
+        "device": lambda v: isinstance(v, str),
+    }
+    if not isinstance(entry, dict) or set(entry) != set(rules):
+        raise ValueError(f"{shown}: damaged: its description must have fields {sorted(rules)}")
+    for field, rule in rules.items():
+        if not rule(entry[field]):
+            raise ValueError(f"{shown}: damaged: {field} cannot be {reprlib.repr(entry[field])}")
+    if math.prod(entry["shape"]) >= 2**48:
+        raise ValueError(f"{shown}: damaged: shape {entry['shape']} is too large")
+
+
+def _check_others(
+    model: nn.Module, stored: dict[str, StoredWeight], tensors: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """What is left of the file, checked against the rest of the model's state."""
+    modules = dict(model.named_modules())
+    sparse = {id(modules[name]) for name in stored}
+    ours = [*_our_layers(model).values(), *(modules[name] for name in stored)]
+    skip = _weight_keys(model, ours)
+    wanted: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    for key, value in model.state_dict().items():
+        if key not in skip:
+            _check_is_tensor(key, value)
+            wanted[key] = tuple(value.shape), value.dtype
+    for name, layer in model.named_modules(remove_duplicate=False):
+        if isinstance(layer, (GatedModule, SparseModule)) and id(layer) not in sparse:
+            # the file holds it dense
+            like = layer.values if isinstance(layer, SparseModule) else layer.weight
+            wanted[_join(name, "weight")] = weight_shape_of(layer), like.dtype
+    if missing := sorted(wanted.keys() - tensors.keys()):
+        raise ValueError(f"the file lacks {missing[:5]}; is it for another model?")
+    if extra := sorted(tensors.keys() - wanted.keys()):
+        raise ValueError(f"the model has no {extra[:5]}; is the file for another model?")
+    for key, (shape, dtype) in wanted.items():
+        tensor = tensors[key]
+        if tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"{key}: the file's shape is {tuple(tensor.shape)}, the model's {shape}"
+            )
+        if tensor.dtype != dtype and not (tensor.is_floating_point() and dtype.is_floating_point):
+            raise ValueError(f"{key}: the file's dtype is {tensor.dtype}, the model's {dtype}")
+    return tensors
+
+
+def _check_is_tensor(key: str, value: Any) -> None:
+    if not isinstance(value, torch.Tensor):
+        raise ValueError(f"{key}: the state must consist of tensors, got {type(value).__name__}")

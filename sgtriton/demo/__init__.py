@@ -1,0 +1,1 @@
+"""What ``sgtriton demo`` runs: the whole job on real handwritten digits."""

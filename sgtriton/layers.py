@@ -1,0 +1,316 @@
+"""Gated layers: PyTorch's own layers whose weight is multiplied by trainable binary gates.
+
+A gated layer *is* the layer it was made from: same module object, same ``weight`` and ``bias``
+Parameters, same hooks; its class is exchanged and a Parameter ``gate`` added.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from sgtriton_kernels import GateLayout, gate_layout, gate_weight
+from sgtriton_kernels.blocks import Block
+from sgtriton_kernels.gate import check_gate_kind
+from torch import nn
+
+from . import optim
+
+
+class GatedModule(nn.Module):
+    """What gated layers share: the gates, their state, and the gated weight.
+
+    Attributes:
+        gate: shape as :func:`sgtriton_kernels.gate_layout` gives it, fp32 whatever the model is
+            cast to. Trainable gates; everything that reads them reads ``clip(gate, 0, 1)``.
+        gate_kind: ``"threshold"`` | ``"bernoulli"``; kept with the state, loading another is an
+            error.
+        gate_block: ``(bn, bk)`` as asked for; ``None`` is the whole dimension.
+        gate_init: value of the gates after ``patch`` and after loading a dense checkpoint.
+        frozen: gates are exactly 0 or 1 and no longer train.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    gate: nn.Parameter
+    gate_kind: str
+    gate_block: Block
+    gate_init: float
+    frozen: bool
+
+    dense_type: type[nn.Module]  # the layer that this one gates
+
+    def init_gates(self, block: Block, kind: str, init: float) -> None:
+        """Add the gates to a layer that has its weight."""
+        check_gate_options(block, kind, init)
+        self.gate_kind, self.gate_block, self.gate_init = kind, (block[0], block[1]), float(init)
+        self.frozen = False
+        gate = torch.full(
+            self.layout.gate_shape, self.gate_init, dtype=torch.float32, device=self.weight.device
+        )
+        self.register_parameter("gate", nn.Parameter(gate))
+        optim.track(self)
+
+    @property
+    def layout(self) -> GateLayout:
+        """How the gates lie over the weight."""
+        groups = getattr(self, "groups", 1)
+        return gate_layout(tuple(self.weight.shape), self.gate_block, groups)
+
+    def gated_weight(self) -> torch.Tensor:
+        """The weight times its binarised gates, as the next forward pass uses it.
+
+        Returns:
+            Shape of ``weight``; its dtype, or autocast's where that is on. Differentiable in
+            ``weight`` and ``gate`` (straight-through). Bernoulli gates are drawn anew in training;
+            in eval, and once frozen, a gate is open if it is above 0.5. The draw's seed comes from
+            PyTorch's generator: a checkpointed layer recomputes the same mask, unless
+            ``preserve_rng_state=False`` has it draw another.
+        """
+        weight, gate = self.weight, self.gate.detach() if self.frozen else self.gate
+        kind, seed, dtype = "threshold", None, weight.dtype
+        if self.gate_kind == "bernoulli" and self.training and not self.frozen:
+            kind = "bernoulli"
+            seed = torch.randint(0, 2**63 - 1, (1,), device=weight.device)
+        if _autocast(weight.device.type) and dtype != torch.float64:  # it leaves fp64 alone
+            dtype = torch.get_autocast_dtype(weight.device.type)
+        return gate_weight(
+            weight,
+            gate,
+            self.gate_block,
+            groups=getattr(self, "groups", 1),
+            kind=kind,
+            seed=seed,
+            dtype=dtype,
+        )
+
+    def check_input(self, input: torch.Tensor) -> None:
+        """Raise ``ValueError`` where dtypes of input and weight differ, outside autocast."""
+        if input.dtype != self.weight.dtype and not _autocast(input.device.type):
+            raise ValueError(
+                f"{self!r}: the input is {input.dtype}, the weight {self.weight.dtype}; cast one "
+                "of them, or use torch.autocast"
+            )
+
+    @torch.no_grad()
+    def eval_weight(self) -> torch.Tensor:
+        """The weight times its gates as eval reads them: in ``weight``'s dtype, detached."""
+        return gate_weight(self.weight, self.gate, self.gate_block, groups=self.layout.groups)
+
+    @torch.no_grad()
+    def open_gates(self) -> torch.Tensor:
+        """Which gates are open in eval, as bool in the gates' shape."""
+        return self.gate > 0.5
+
+    @torch.no_grad()
+    def freeze(self) -> None:
+        """Set each gate to exactly 0 or 1 and closed weights to 0; gates train no more."""
+        is_open = self.open_gates()
+        self.gate.copy_(is_open)
+        self.weight.copy_(self.eval_weight())
+        self._set_frozen(True)
+
+    def thaw(self) -> None:
+        """Let frozen gates train again."""
+        self._set_frozen(False)
+
+    def _set_frozen(self, frozen: bool) -> None:
+        self.frozen = frozen
+        self.gate.requires_grad_(not frozen)
+        if frozen:
+            self.gate.grad = None
+
+    def reset_parameters(self) -> None:
+        """Initialise the weight as the dense layer does, and the gates to ``gate_init``."""
+        super().reset_parameters()  # pyright: ignore[reportAttributeAccessIssue]
+        if "gate" in self._parameters:
+            nn.init.constant_(self.gate, self.gate_init)
+
+    def extra_repr(self) -> str:
+        frozen = ", frozen" if self.frozen else ""
+        block = "x".join("full" if side is None else str(side) for side in self.gate_block)
+        return f"{super().extra_repr()}, block={block}, gate={self.gate_kind}{frozen}"
+
+    def check_state(
+        self, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any]
+    ) -> None:
+        """Raise ``ValueError`` where a state dict holds gates that do not fit the layer."""
+        name = prefix[:-1] or "the model"
+        kind = metadata.get("gate_kind", self.gate_kind)
+        if kind != self.gate_kind:
+            raise ValueError(
+                f"{name}: the state holds gates of kind {kind!r}, the layer's are "
+                f"{self.gate_kind!r}"
+            )
+        gate = state_dict.get(f"{prefix}gate")
+        if gate is None:
+            return
+        block = tuple(metadata.get("gate_block", self.layout.block))
+        if block != self.layout.block:  # other blocks can give a gate of the same shape
+            raise ValueError(
+                f"{name}: the state holds gates of block {block}, the layer's is "
+                f"{self.layout.block}"
+            )
+        if gate.shape != self.gate.shape:
+            raise ValueError(
+                f"{name}: the state's gate has shape {tuple(gate.shape)}, the layer's (block "
+                f"{self.gate_block}) {tuple(self.gate.shape)}"
+            )
+        if gate.device.type != "meta" and torch.isnan(gate).any():
+            raise ValueError(f"{name}: gates must be numbers, the state's gate holds NaN")
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        # The clipped value is what every reader sees, so that writing it changes no result; `.data`
+        # leaves the version counter alone, which a backward pass in between would trip over.
+        self.gate.data.clamp_(0, 1)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if hasattr(destination, "_metadata"):
+            own = destination._metadata.setdefault(prefix[:-1], {})
+            own.update(
+                gate_kind=self.gate_kind, gate_block=self.layout.block, gate_frozen=self.frozen
+            )
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
+        self.check_state(state_dict, prefix, local_metadata)
+        key, frozen = f"{prefix}gate", self.frozen
+        if key in state_dict:
+            gate = state_dict[key] = state_dict[key].float()
+            # a plain dict does not say; frozen gates stay so if those that come are 0 or 1 too
+            frozen = local_metadata.get(
+                "gate_frozen", frozen and bool(((gate == 0) | (gate == 1)).all())
+            )
+        elif f"{prefix}weight" in state_dict:  # a dense checkpoint
+            device = state_dict[f"{prefix}weight"].device
+            state_dict[key] = torch.full_like(self.gate, self.gate_init, device=device)
+            frozen = False
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        self._set_frozen(frozen)
+
+    def _apply(self, fn, recurse=True):
+        gate = self.gate
+
+        def keep_gates_fp32(t):
+            out = fn(t)
+            if (t is gate or t is gate.grad) and out.dtype != torch.float32:
+                return t.to(device=out.device)
+            return out
+
+        return super()._apply(keep_gates_fp32, recurse)
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        optim.track(self)  # a copy, or a module that came out of a pickle
+
+
+class GatedLinear(GatedModule, nn.Linear):
+    """``x @ (weight * b(gate))^T + bias``.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as for ``torch.nn.Linear``.
+        block: ``(bn, bk)`` weights (out, in) that one gate covers; ``None`` is the whole dimension.
+        gate: ``"threshold"`` | ``"bernoulli"``.
+        init: first value of the gates, in (0.5, 1].
+
+    Raises:
+        ValueError: a block, gate kind or ``init`` that is not allowed.
+    """
+
+    dense_type = nn.Linear
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        block: Block = (32, 32),
+        gate: str = "threshold",
+        init: float = 0.9,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        check_gate_options(block, gate, init)
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self.init_gates(block, gate, init)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        self.check_input(input)
+        return nn.functional.linear(input, self.gated_weight(), self.bias)
+
+
+class _GatedConv(GatedModule):
+    def __init__(
+        self,
+        *args: Any,
+        block: Block = (32, 32),
+        gate: str = "threshold",
+        init: float = 0.9,
+        **kwargs: Any,
+    ) -> None:
+        check_gate_options(block, gate, init)
+        super().__init__(*args, **kwargs)
+        self.init_gates(block, gate, init)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        self.check_input(input)
+        return self._conv_forward(input, self.gated_weight(), self.bias)  # pyright: ignore
+
+
+class GatedConv1d(_GatedConv, nn.Conv1d):
+    """``torch.nn.Conv1d`` with a gated weight; see :class:`GatedConv2d`."""
+
+    dense_type = nn.Conv1d
+
+
+class GatedConv2d(_GatedConv, nn.Conv2d):
+    """``torch.nn.Conv2d`` with a gated weight.
+
+    Args:
+        *args, **kwargs: as for ``torch.nn.Conv2d``.
+        block: ``(bn, bk)`` output and input channels that one gate covers, tap by tap and group by
+            group; ``(1, None)`` is one gate per filter, ``(None, 1)`` one per input channel and
+            group.
+        gate: ``"threshold"`` | ``"bernoulli"``.
+        init: first value of the gates, in (0.5, 1].
+
+    Raises:
+        ValueError: a block, gate kind or ``init`` that is not allowed.
+    """
+
+    dense_type = nn.Conv2d
+
+
+GATED_TYPES: dict[type[nn.Module], type[GatedModule]] = {
+    gated.dense_type: gated for gated in (GatedLinear, GatedConv1d, GatedConv2d)
+}
+
+
+def _autocast(device_type: str) -> bool:
+    available = torch.amp.autocast_mode.is_autocast_available(device_type)
+    return available and torch.is_autocast_enabled(device_type)
+
+
+def check_gate_options(block: Block, kind: str, init: float) -> None:
+    """Raise ``ValueError`` where a gated layer cannot be made of these."""
+    gate_layout((1, 1), block)
+    check_gate_kind(kind)
+    if not 0.5 < init <= 1:
+        raise ValueError(f"init must be in (0.5, 1], so that every gate starts open, got {init}")
+
+
+def gate_layer(layer: nn.Module, block: Block, kind: str, init: float) -> None:
+    """Turn a dense layer into the gated layer of its type, in place."""
+    layer.__class__ = GATED_TYPES[type(layer)]
+    assert isinstance(layer, GatedModule)
+    layer.init_gates(block, kind, init)
+
+
+@torch.no_grad()
+def ungate_layer(layer: GatedModule, fold: bool) -> None:
+    """Turn a gated layer back into the dense layer it was, in place."""
+    if fold:
+        layer.weight.copy_(layer.eval_weight())
+    optim.untrack(layer)
+    del layer.gate
+    for name in ("gate_kind", "gate_block", "gate_init", "frozen"):
+        delattr(layer, name)
+    layer.__class__ = layer.dense_type  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,0 +1,53 @@
+"""Interleaved timing: candidates take turns, so that a busy machine slows each of them alike."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+
+def interleaved_ms(
+    candidates: Sequence[Callable[[], object]],
+    device: torch.device,
+    seconds: float = 0.1,
+    rounds: int = 5,
+) -> list[float]:
+    """Median milliseconds of one call of each candidate.
+
+    Args:
+        candidates: called without arguments.
+        device: waited for after each sample.
+        seconds: about how long to measure in all; at least ``rounds`` samples are taken.
+        rounds: fewest samples per candidate.
+
+    Returns:
+        One median per candidate.
+    """
+    repeats = []
+    for call in candidates:
+        call()  # first calls compile and allocate
+        once = _sample(call, 1, device)
+        repeats.append(max(1, int(2e-4 / max(once, 1e-7))))  # a sample lasts 0.2 ms or a call
+    samples: list[list[float]] = [[] for _ in candidates]
+    end = time.perf_counter() + seconds
+    while len(samples[0]) < rounds or time.perf_counter() < end:
+        for call, repeat, taken in zip(candidates, repeats, samples, strict=True):
+            taken.append(_sample(call, repeat, device) / repeat)
+    return [1e3 * statistics.median(taken) for taken in samples]
+
+
+def _sample(call: Callable[[], object], repeats: int, device: torch.device) -> float:
+    _wait_for(device)
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    _wait_for(device)
+    return time.perf_counter() - start
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
