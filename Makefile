@@ -1,0 +1,53 @@
+# Each target sets up what it needs: `make demo` and `make test` are all a fresh clone takes.
+VENV ?= .venv
+VENV_NATIVE ?= .venv-native
+PYTHON ?= python3
+OUT ?= sgtriton-demo
+PIP_INSTALL = -m pip install --quiet --disable-pip-version-check
+
+# Kernels are small here and tests run side by side: one thread each.
+PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
+PYTEST_NATIVE = TRITON_INTERPRET=0 OMP_NUM_THREADS=1 $(VENV_NATIVE)/bin/python -m pytest
+
+.PHONY: demo test test-native check format clean
+
+demo: $(VENV)/.demo
+	$(VENV)/bin/python -m sgtriton demo --out $(OUT)
+
+# first with the kernels interpreted, then the tests that compile them for cards
+test: $(VENV)/.test
+	TRITON_INTERPRET=1 $(PYTEST) -n 2 --dist worksteal
+	TRITON_INTERPRET=0 $(PYTEST) -n 2 --dist worksteal -m compiles
+
+# the kernels' tests again, compiled to native code by Triton's CPU compiler
+test-native: $(VENV_NATIVE)/.test
+	$(PYTEST_NATIVE) -n 2 --dist worksteal -m "not compiles" \
+	    tests/test_gate.py tests/test_penalty.py tests/test_bsr_matmul.py
+
+check: $(VENV)/.test
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
+
+format: $(VENV)/.test
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) $(VENV_NATIVE)
+
+# An installation is current while it is newer than what it was made from.
+$(VENV)/.%: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(VENV)/bin/python $(PIP_INSTALL) --constraint constraints.txt --editable '.[$*]'
+	touch $@
+
+# This fork of Triton takes the import name `triton`, so it needs an environment of its own.
+$(VENV_NATIVE)/.test: pyproject.toml constraints.txt | $(VENV_NATIVE)/bin/python
+	$(VENV_NATIVE)/bin/python $(PIP_INSTALL) --constraint constraints.txt \
+	    torch numpy safetensors packaging filelock pytest pytest-timeout pytest-xdist hypothesis
+	$(VENV_NATIVE)/bin/python $(PIP_INSTALL) fbtriton==3.8.0rc3
+	touch $@
+
+$(VENV)/bin/python $(VENV_NATIVE)/bin/python:
+	$(PYTHON) -m venv $(patsubst %/bin/python,%,$@)
+	$@ $(PIP_INSTALL) --upgrade pip

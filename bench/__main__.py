@@ -1,0 +1,24 @@
+"""``python -m bench NAME``: run one measurement."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from . import accuracy
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="NAME")
+    accuracy.add_command(commands)
+    arguments = parser.parse_args()
+    try:
+        return arguments.run(arguments)
+    except ValueError as error:
+        print(f"bench: error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

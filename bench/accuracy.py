@@ -1,0 +1,165 @@
+"""Accuracy against sparsity: LeNet-300-100 with gates beside its dense twin, one row a training.
+
+Both twins start from the same weights and see the same batches. Rows are appended as they finish;
+a row that the file has already is not trained again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import platform
+import subprocess
+import time
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+
+import sgtriton
+from sgtriton.cli import parse_block
+from sgtriton.demo.data import Digits, load_digits
+from sgtriton.demo.models import make_model
+from sgtriton.demo.training import accuracy, steps_for, train
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training: gate kind, block (as on the command line), target sparsity; dense at 0."""
+
+    gate: str
+    block: str
+    target: float
+
+
+CELLS = (
+    Cell("none", "-", 0.0),
+    Cell("threshold", "1x1", 0.95),
+    Cell("threshold", "1x1", 0.98),
+    Cell("bernoulli", "1x1", 0.95),
+    Cell("threshold", "4x4", 0.9),
+    Cell("threshold", "16x16", 0.9),
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the CSV; ``accuracy`` is on the test images, at the end of the training."""
+
+    model: str
+    dataset: str
+    images: int
+    gate: str
+    block: str
+    target: float
+    seed: int
+    epochs: int
+    accuracy: float
+    sparsity: float
+    open_per_layer: str
+    seconds: float
+    sgtriton: str
+    torch: str
+    python: str
+    commit: str
+
+
+def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add ``accuracy`` to the command line."""
+    command = commands.add_parser("accuracy", help="accuracy against sparsity on MNIST")
+    command.add_argument("--data", help="folder with the four IDX files; default: as the demo")
+    command.add_argument("--model", default="lenet300", choices=["lenet300", "lenet5"])
+    command.add_argument("--epochs", type=int, default=16)
+    command.add_argument("--seeds", type=int, default=1, help="how many, from 0 on")
+    command.add_argument("--out", type=Path, default=RESULTS / "accuracy.csv")
+    command.set_defaults(run=_run)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    digits = load_digits(arguments.data)
+    print(f"data    {digits.source}")
+    done = read(arguments.out)
+    for seed in range(arguments.seeds):
+        for cell in CELLS:
+            key = (arguments.model, digits.dataset, cell.gate, cell.block, cell.target, seed)
+            if any((r.model, r.dataset, r.gate, r.block, r.target, r.seed) == key for r in done):
+                continue
+            row = measure(arguments.model, digits, cell, seed, arguments.epochs)
+            append(arguments.out, row)
+            print(
+                f"{row.gate:9} {row.block:5} target {row.target:.2f}: accuracy "
+                f"{row.accuracy:.2%}, sparsity {row.sparsity:.2%}, {row.seconds:.0f} s",
+                flush=True,
+            )
+    return 0
+
+
+def measure(name: str, digits: Digits, cell: Cell, seed: int, epochs: int) -> Row:
+    """Train one cell; one thread, so that a seed gives the same figures on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    start = time.perf_counter()
+    model, controller = make_model(name, seed), None
+    if cell.gate != "none":
+        # the last layer is small and each weight of it counts
+        last = [n for n, module in model.named_children() if hasattr(module, "weight")][-1]
+        sgtriton.patch(model, block=parse_block(cell.block), gate=cell.gate, exclude=last)
+        sgtriton.patch(model, block=(1, 1), gate=cell.gate, include=last)
+        controller = sgtriton.SparsityController(
+            model, target=cell.target, steps=steps_for(digits, epochs)
+        )
+    train(model, digits, epochs, seed, controller)
+    torch.set_num_threads(threads)
+    summary = sgtriton.summary(model)
+    return Row(
+        model=name,
+        dataset=digits.dataset,
+        images=digits.images,
+        gate=cell.gate,
+        block=cell.block,
+        target=cell.target,
+        seed=seed,
+        epochs=epochs,
+        accuracy=round(accuracy(model, digits.test_x, digits.test_y), 5),
+        sparsity=round(summary.sparsity, 5),
+        open_per_layer=" ".join(f"{1 - layer.sparsity:.3f}" for layer in summary.layers),
+        seconds=round(time.perf_counter() - start, 1),
+        sgtriton=sgtriton.__version__,
+        torch=torch.__version__,
+        python=platform.python_version(),
+        commit=_commit(),
+    )
+
+
+def read(path: Path) -> list[Row]:
+    """Rows of a CSV that :func:`append` wrote; none if there is no file."""
+    if not path.exists():
+        return []
+    kinds = {"float": float, "int": int, "str": str}
+    with open(path, newline="", encoding="utf-8") as file:
+        return [
+            Row(**{f.name: kinds[str(f.type)](line[f.name]) for f in fields(Row)})
+            for line in csv.DictReader(file)
+        ]
+
+
+def append(path: Path, row: Row) -> None:
+    """Add a row at once: a stop loses no training that has ended."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    names = [f.name for f in fields(Row)]
+    is_new = not path.exists()
+    with open(path, "a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, names)
+        if is_new:
+            writer.writeheader()
+        writer.writerow({name: getattr(row, name) for name in names})
+
+
+def _commit() -> str:
+    out = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"],
+        cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return out.stdout.strip() or "unknown"
