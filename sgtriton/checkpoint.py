@@ -1,35 +1,26 @@
 """Save and load models of which only the open weights are stored.
 
-A file is a safetensors container of plain arrays, with a JSON text in its metadata: format version,
-per sparse layer its type, shape, block, forms, per array a checksum. Loading runs no code and
-checks everything on the CPU before the model is touched: a block index is an address to a kernel.
+What a file holds of each sparse layer: type, shape, gate block and kind, forms, and the arrays of
+its open weights; of everything else, the state dict. Everything is checked on the CPU before the
+model is touched: a block index is an address to a kernel.
 """
 
 from __future__ import annotations
 
-import contextlib
-import glob
 import itertools
-import json
 import math
 import os
-import platform
 import reprlib
-import secrets
-import time
-import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as read_container
-from safetensors.torch import save as write_container
 from sgtriton_kernels import gate_layout
 from sgtriton_kernels.gate import GATE_KINDS
 from torch import nn
 
+from .container import read_file, write_file
 from .layers import GatedModule
 from .patching import Model, leave_fast_paths
 from .serving import choose_forms, stored_part
@@ -45,11 +36,6 @@ from .sparse_layers import (
 )
 from .state import check_states_of
 from .stored import StoredWeight
-
-FORMAT = 1
-_KEY, _KEY_SUM = "sgtriton", "sgtriton_crc32"
-_LARGEST_HEADER = 64 << 20
-_OLD = 3600.0  # seconds after which a stray temporary file is nobody's
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -81,19 +67,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         described[name] = _describe(layer)
         tensors |= {_join(name, key): t for key, t in stored.tensors().items()}
     tensors |= _other_state(model, layers)
-    tensors, same_as = _store_once(tensors)
-    description = {
-        "format": FORMAT,
-        "layers": described,
-        "same_as": same_as,
-        "checksums": {name: _checksum(t) for name, t in tensors.items()},
-    }
-    text = json.dumps(description, sort_keys=True)
-    metadata = {_KEY: text, _KEY_SUM: str(zlib.crc32(text.encode()))}
-    try:
-        _replace(path, write_container(tensors, metadata))
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be written: {error}") from error
+    write_file(path, described, tensors)
 
 
 def load(model: Model, path: str | os.PathLike[str]) -> Model:
@@ -116,7 +90,7 @@ def load(model: Model, path: str | os.PathLike[str]) -> Model:
             for another model; names the file, the layer and the rule. The model is unchanged then.
     """
     path = Path(path)
-    description, tensors = _read(path)
+    description, tensors = read_file(path)
     try:
         _check_device(model)
         stored, forms = _check_layers(model, description, tensors)
@@ -136,7 +110,7 @@ def load(model: Model, path: str | os.PathLike[str]) -> Model:
         if recorded is None or entry["device"] != like.device.type:
             choose_forms(sparse, dense_copy=entry["dense_copy"])
         else:
-            sparse.set_forms(recorded, "as recorded in the file", entry["dense_copy"])
+            sparse.set_forms(recorded, entry["reason"], entry["dense_copy"])
     # everything was checked, so that nothing is missing but what the sparse layers hold already
     model.load_state_dict(others, strict=False)
     leave_fast_paths(model)
@@ -179,6 +153,7 @@ def _describe(layer: nn.Module) -> dict[str, Any]:
         "gate_block": list(layer.gate_block),  # pyright: ignore
         "gate_kind": layer.gate_kind,
         "forms": layer.forms if sparse else None,
+        "reason": layer.reason if sparse else "",
         "dense_copy": layer._dense_copy if sparse else True,
         "device": device.type,  # pyright: ignore
     }
@@ -191,135 +166,6 @@ def _other_state(model: nn.Module, layers: dict[str, nn.Module]) -> dict[str, to
     for key, value in state.items():
         _check_is_tensor(key, value)
     return state
-
-
-def _store_once(
-    tensors: dict[str, torch.Tensor],
-) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Tensors as the container wants them: on the CPU, contiguous, tied ones once."""
-    first: dict[Any, str] = {}
-    kept: dict[str, torch.Tensor] = {}
-    same_as: dict[str, str] = {}
-    for name, tensor in tensors.items():
-        memory = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device)
-        if tensor.numel() and memory in first:
-            same_as[name] = first[memory]
-        else:
-            first[memory] = name
-            # a copy of its own: views of one storage are refused by the container
-            kept[name] = tensor.detach().cpu().contiguous().clone()
-    return kept, same_as
-
-
-def _checksum(tensor: torch.Tensor) -> int:
-    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    data = memoryview(flat.numpy())  # pyright: ignore[reportArgumentType]
-    return zlib.crc32(f"{tensor.dtype}{tuple(tensor.shape)}".encode(), zlib.crc32(data))
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """Write beside ``path``, then rename: a reader never meets half a file."""
-    machine = f"{zlib.crc32(platform.node().encode()):08x}"
-    for stray in path.parent.glob(f"{glob.escape(f'.{path.name}.')}*.tmp"):
-        with contextlib.suppress(OSError):  # another process was faster
-            if _is_abandoned(stray, machine):
-                stray.unlink()
-    beside = path.parent / f".{path.name}.{machine}-{os.getpid()}-{secrets.token_hex(4)}.tmp"
-    try:
-        with open(beside, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def _is_abandoned(stray: Path, machine: str) -> bool:
-    """Whether nobody will rename a temporary file: it is old, or its writer is dead."""
-    if time.time() - stray.stat().st_mtime > _OLD:
-        return True
-    writer = stray.name.split(".")[-2].split("-")
-    if os.name != "posix" or len(writer) != 3 or writer[0] != machine or not writer[1].isdecimal():
-        return False
-    try:
-        os.kill(int(writer[1]), 0)  # asks only whether there is such a process
-    except ProcessLookupError:
-        return True
-    except (OSError, OverflowError):
-        pass
-    return False
-
-
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """The file's description and tensors, its container and checksums checked."""
-    try:
-        if not path.is_file():
-            raise ValueError(f"{path}: no such file")
-        data = path.read_bytes()  # a copy: the file may change while it is checked
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error}") from error
-    text, text_sum = _metadata(path, data)
-    if text_sum != str(zlib.crc32(text.encode())):
-        raise ValueError(f"{path}: damaged: its description has another checksum than it states")
-    try:
-        description = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: damaged: its description is no JSON ({error})") from None
-    _check_description(path, description)
-    try:
-        tensors = read_container(data)
-    except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
-        raise ValueError(f"{path}: truncated or damaged: {error}") from None
-    checksums = description["checksums"]
-    if set(tensors) != set(checksums):
-        names = sorted(set(tensors) ^ set(checksums))
-        raise ValueError(f"{path}: damaged: tensors {names[:5]} are missing or not described")
-    for name, tensor in tensors.items():
-        if _checksum(tensor) != checksums[name]:
-            raise ValueError(f"{path}: damaged: {name} has another checksum than the file states")
-    aliases = {}
-    for alias, name in description["same_as"].items():
-        if not isinstance(name, str) or name not in tensors or alias in tensors:
-            raise ValueError(
-                f"{path}: damaged: {alias} is stored as {reprlib.repr(name)}, which the file does "
-                "not hold"
-            )
-        aliases[alias] = tensors[name]
-    tensors |= aliases
-    return description, tensors
-
-
-def _metadata(path: Path, data: bytes) -> tuple[str, str]:
-    """Our two metadata texts, read without trusting a length in the file."""
-    not_ours = ValueError(f"{path}: not a file written by sgtriton.save")
-    if len(data) < 8:
-        raise not_ours
-    length = int.from_bytes(data[:8], "little")
-    if length > min(len(data) - 8, _LARGEST_HEADER):
-        raise ValueError(f"{path}: truncated, or not a file written by sgtriton.save")
-    try:
-        header = json.loads(data[8 : 8 + length])
-        metadata = header["__metadata__"]
-        text, text_sum = metadata[_KEY], metadata[_KEY_SUM]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise not_ours from None
-    if not isinstance(text, str) or not isinstance(text_sum, str):
-        raise not_ours
-    return text, text_sum
-
-
-def _check_description(path: Path, description: Any) -> None:
-    if not isinstance(description, dict) or "format" not in description:
-        raise ValueError(f"{path}: not a file written by sgtriton.save")
-    version = description["format"]
-    if version != FORMAT or isinstance(version, (bool, float)):
-        raise ValueError(
-            f"{path}: format {reprlib.repr(version)}, this version of sgtriton reads {FORMAT}"
-        )
-    for field, kind in (("layers", dict), ("same_as", dict), ("checksums", dict)):
-        if not isinstance(description.get(field), kind):
-            raise ValueError(f"{path}: damaged: field {field!r} is missing")
 
 
 def _check_device(model: nn.Module) -> None:
@@ -397,6 +243,7 @@ def _check_entry(shown: str, entry: Any) -> None:
         ),
         "gate_kind": lambda v: v in GATE_KINDS,
         "forms": is_forms,
+        "reason": lambda v: isinstance(v, str) and len(v) <= 500,
         "dense_copy": lambda v: isinstance(v, bool),
         "device": lambda v: isinstance(v, str),
     }

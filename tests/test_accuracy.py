@@ -1,0 +1,26 @@
+import torch
+
+from bench import accuracy
+from bench.accuracy import Cell
+from sgtriton.demo.data import Digits
+
+
+def digits() -> Digits:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(40, 1, 28, 28, generator=generator)
+    y = torch.arange(40) % 10
+    return Digits(dataset="noise", source="made here", train_x=x, train_y=y, test_x=x, test_y=y)
+
+
+def test_rows_survive_the_csv_and_land_on_the_target(tmp_path):
+    path = tmp_path / "results" / "accuracy.csv"
+    assert accuracy.read(path) == []
+    rows = []
+    for cell in (Cell("none", "-", 0.0), Cell("threshold", "4x4", 0.9)):
+        rows.append(accuracy.measure("lenet300", digits(), cell, seed=0, epochs=2))
+        accuracy.append(path, rows[-1])
+    assert accuracy.read(path) == rows
+    dense, gated = rows
+    assert dense.sparsity == 0
+    assert abs(gated.sparsity - 0.9) <= 0.005
+    assert len(gated.open_per_layer.split()) == 3

@@ -1,0 +1,367 @@
+"""Gated model -> served model: the same outputs, whole or not at all, in the faster form."""
+
+import copy
+import logging
+
+import pytest
+import torch
+from helpers import assert_close, assert_exact
+from torch import nn
+
+import sgtriton
+from sgtriton import serving
+from sgtriton.layers import GatedModule
+from sgtriton.sparse_layers import BUCKETS, BlockSparseConv2d, BlockSparseLinear, SparseModule
+
+BLOCKS = [(1, 1), (4, 4), (8, 2), (1, None), (None, 1), (32, 32)]
+
+
+def randint(low, high):
+    return int(torch.randint(low, high + 1, ()))
+
+
+def pick(choices):
+    return choices[randint(0, len(choices) - 1)]
+
+
+@torch.no_grad()
+def open_some(model):
+    """Gates as training might leave them: clear and undecided ones, and layers of one kind only."""
+    for layer in model.modules():
+        if isinstance(layer, GatedModule):
+            share = pick([0.0, 0.1, 0.5, 0.9, 1.0])
+            layer.gate.copy_(torch.rand_like(layer.gate) * 0.4)
+            layer.gate[torch.rand_like(layer.gate) < share] += 0.55
+    return model
+
+
+def random_model():
+    """2 to 6 layers, convolutions first; returns the model's maker, an input, and the dtype."""
+    dtype = pick([torch.float32, torch.float32, torch.bfloat16, torch.float16, torch.float64])
+    layers: list[nn.Module] = []
+    n_conv, n_linear = pick([(0, 2), (0, 4), (1, 1), (1, 2), (2, 1), (3, 3), (2, 0)])
+    channels, size = randint(1, 4), 8
+    shape = (channels, size, size) if n_conv else (randint(1, 40),)
+    for _ in range(n_conv):
+        groups = pick([1, 1, channels])
+        out = groups * randint(1, 4)
+        layers += [nn.Conv2d(channels, out, 3, padding=1, groups=groups, bias=pick([True, False]))]
+        layers += [nn.BatchNorm2d(out), nn.ReLU()] if randint(0, 1) else [nn.ReLU()]
+        channels = out
+    features = channels * size * size if n_conv else shape[0]
+    if n_conv:
+        layers += [nn.AdaptiveAvgPool2d(2), nn.Flatten()]
+        features = channels * 4
+    for _ in range(n_linear):
+        out = randint(1, 40)
+        layers += [nn.Linear(features, out, bias=pick([True, True, False])), nn.Tanh()]
+        features = out
+    model = nn.Sequential(*layers).to(dtype)
+    x = torch.randn(randint(0, 9), *shape).to(dtype)
+    return model, x
+
+
+@pytest.mark.parametrize("seed", range(60))
+@torch.no_grad()
+def test_random_models_serve_what_they_learned(seed, tmp_path):
+    """Gated, sparse, saved and loaded: compared at every step, the reload bit by bit."""
+    torch.manual_seed(seed)
+    model, x = random_model()
+    fresh = copy.deepcopy(model)
+    gate = pick(["threshold", "bernoulli"])
+    first, *others = [
+        name for name, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))
+    ]
+    sgtriton.patch(model, block=pick(BLOCKS), gate=gate, include=first)
+    sgtriton.patch(model, block=pick(BLOCKS), gate=gate, include=others or None)
+    open_some(model).eval()
+    out = model(x)
+
+    dense = sgtriton.sparsify(copy.deepcopy(model), form="dense")
+    assert_exact("dense", dense(x), out)
+    form = pick(["sparse", "auto"]) if seed % 10 == 0 else "sparse"
+    sgtriton.sparsify(model, form=form, dense_copy=pick([True, False]))
+    assert not any(isinstance(m, GatedModule) for m in model.modules())
+    served = model(x)
+    assert_close("served", served, out)
+
+    sgtriton.save(model, tmp_path / "model.sgt")
+    for target in (fresh, sgtriton.patch(copy.deepcopy(fresh), gate=gate)):
+        sgtriton.load(target.eval(), tmp_path / "model.sgt")
+        assert_exact("reloaded", target(x), served)
+
+
+def mlp(**kwargs):
+    model = nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 10))
+    return open_some(sgtriton.patch(model, **{"block": (16, 16), **kwargs}))
+
+
+def test_sparsify_works_in_place_and_returns_the_model():
+    model = mlp()
+    layers, biases = [model[0], model[2]], [model[0].bias, model[2].bias]
+    assert sgtriton.sparsify(model, form="sparse") is model
+    assert [model[0], model[2]] == layers
+    assert all(type(layer) is BlockSparseLinear for layer in layers)
+    assert all(layer.bias is bias for layer, bias in zip(layers, biases, strict=True))
+    assert {name for name, _ in model.named_parameters()} == {"0.bias", "2.bias"}
+    for layer in layers:
+        assert layer.gate_block == (16, 16)
+        assert layer.gate_kind == "threshold"
+
+
+def test_values_are_independent_of_the_trained_weight():
+    model = mlp(block=(64, 64))
+    model[0].gate.data.fill_(1)
+    weight = model[0].weight
+    kept = weight.detach().clone()
+    sgtriton.sparsify(model, form="sparse")
+    weight.data.zero_()
+    assert_exact("weight", model[0].to_dense(), kept)
+
+
+def snapshot(model):
+    return [(type(m), dict(vars(m))) for m in model.modules()], {
+        name: t.clone() for name, t in model.state_dict().items()
+    }
+
+
+def assert_unchanged(model, before):
+    modules, state = before
+    for module, (kind, attributes) in zip(model.modules(), modules, strict=True):
+        assert type(module) is kind
+        assert vars(module).keys() == attributes.keys()
+    assert model.state_dict().keys() == state.keys()
+    for name, t in model.state_dict().items():
+        assert torch.equal(t.nan_to_num(7), state[name].nan_to_num(7)), name
+
+
+@pytest.mark.parametrize("block", [(16, 16), (1, 1)])
+def test_nan_gate_is_refused_with_the_layers_name_and_changes_nothing(block):
+    model = mlp(block=block)
+    model[2].gate.data[0, 0] = float("nan")  # the layers before it are fine
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"^2: gates must be numbers, got NaN"):
+        sgtriton.sparsify(model)
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("form", ["fast", "", None, "Sparse", 1, ["sparse"]])
+def test_unknown_form_is_refused_and_changes_nothing(form):
+    model = mlp()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="form must be 'auto', 'sparse' or 'dense', got"):
+        sgtriton.sparsify(model, form=form)
+    assert_unchanged(model, before)
+
+
+def test_model_without_gates_is_refused():
+    for model in (
+        nn.Sequential(nn.Linear(4, 4)),
+        nn.ReLU(),
+        sgtriton.sparsify(mlp(), form="dense"),
+    ):
+        with pytest.raises(ValueError, match="no gated layer"):
+            sgtriton.sparsify(model)
+
+
+class FakeTimes:
+    """In place of the timer: says how much faster dense is than sparse at each M."""
+
+    def __init__(self, monkeypatch, speedups):
+        self.speedups, self.asked = speedups, []
+        monkeypatch.setattr(serving, "interleaved_ms", self)
+
+    def __call__(self, candidates, device, seconds):
+        sparse, dense = (call() for call in candidates)  # both must work
+        assert_close("candidates", sparse, dense)
+        rows = sparse.shape[0]
+        self.asked.append(rows)
+        return [1.0, self.speedups[rows]]
+
+
+def test_faster_form_is_taken_for_each_bucket(monkeypatch):
+    """The table says dense is faster at batch 1: dense is taken there, and the summary says so."""
+    times = FakeTimes(monkeypatch, {1: 0.5, 8: 0.96, 32: 1.5, 128: 3.0, 512: 0.1})
+    model = sgtriton.sparsify(mlp().eval())
+    assert times.asked == [1, 8, 32, 128, 512] * 2
+    for layer in (model[0], model[2]):
+        assert layer.forms == {
+            "1": "dense", "2-8": "dense", "9-32": "sparse", "33-128": "sparse", ">128": "dense",
+        }  # fmt: skip
+        assert layer.dense_weight is not None
+        for said in ("0.5x at M=1", "3x at M=128", "0.1x at M=512"):
+            assert said in layer.reason
+    text = " ".join(str(sgtriton.summary(model)).split())
+    assert "sparse at M 9-32, 33-128; else dense" in text
+    assert "0.5x at M=1" in text
+
+
+@pytest.mark.parametrize(
+    ("dense_ms", "form"),
+    [(1 / 0.9 + 1e-6, "sparse"), (1 / 0.9 - 1e-6, "dense"), (1.0, "dense"), (1.02, "dense")],
+)
+def test_sparse_must_win_by_more_than_the_noise(monkeypatch, dense_ms, form):
+    FakeTimes(monkeypatch, dict.fromkeys((1, 8, 32, 128, 512), dense_ms))
+    layer = sgtriton.sparsify(mlp())[0]
+    assert set(layer.forms.values()) == {form}
+    assert (layer.dense_weight is None) == (form == "sparse")
+
+
+def test_rows_that_are_timed_lie_in_their_bucket():
+    from sgtriton.sparse_layers import bucket_of
+
+    assert {bucket: bucket_of(rows) for bucket, rows in serving._ROWS.items()} == {
+        bucket: bucket for bucket in BUCKETS
+    }
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str
+)
+def test_every_dtype_is_timed(monkeypatch, dtype):
+    times = FakeTimes(monkeypatch, dict.fromkeys((1, 8, 32, 128, 512), 2.0))
+    model = sgtriton.sparsify(mlp().to(dtype))
+    assert len(times.asked) == 10
+    assert model[0].form == "sparse"
+
+
+def test_bias_of_another_dtype_does_not_stop_the_timing():
+    """Such a layer works under autocast."""
+    model = mlp().eval()
+    model[0].half()
+    model[0].bias.data = model[0].bias.data.float()
+    x = torch.randn(3, 64)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        out = model(x)
+    sgtriton.sparsify(model)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert_close("served", model(x), out)
+
+
+def test_fixed_forms_are_not_timed(monkeypatch):
+    monkeypatch.setattr(serving, "interleaved_ms", None)
+    for form in ("sparse", "dense"):
+        layer = sgtriton.sparsify(mlp(), form=form)[0]
+        assert set(layer.forms.values()) == {form}
+        assert layer.reason == "as asked for"
+
+
+def test_layers_without_a_choice_are_not_timed(monkeypatch):
+    monkeypatch.setattr(serving, "interleaved_ms", None)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 4))
+    sgtriton.patch(model, block=(2, 2), include="0")
+    sgtriton.patch(model, block=(1, 1))
+    for form in ("auto", "sparse"):
+        served = sgtriton.sparsify(copy.deepcopy(model), form=form)
+        assert served[0].form == served[2].form == "dense"
+        assert served[0].reason == "convolutions are computed dense"
+        assert served[2].reason == "per-weight gates are computed dense"
+
+
+def test_sparsify_leaves_the_random_stream_alone():
+    model = mlp()
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    sgtriton.sparsify(model)
+    assert_exact("next draw", torch.rand(3), expected)
+
+
+@torch.no_grad()
+def test_bernoulli_model_serves_its_eval_numbers_in_training_too():
+    model = mlp(gate="bernoulli")
+    x = torch.randn(5, 64)
+    out = model.eval()(x)
+    sgtriton.sparsify(model.train(), form="dense")
+    assert_exact("served", model(x), out)
+    assert model[0].gate_kind == "bernoulli"
+
+
+@torch.no_grad()
+def test_frozen_model_is_served():
+    model = mlp()
+    for layer in (model[0], model[2]):
+        layer.freeze()
+    x = torch.randn(5, 64)
+    out = model(x)
+    sgtriton.sparsify(model, form="dense")
+    assert_exact("served", model(x), out)
+
+
+@pytest.mark.parametrize("form", ["sparse", "dense"])
+@torch.no_grad()
+def test_shared_layer_is_served_under_both_names(form, tmp_path):
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(32, 32)
+            self.head = nn.Linear(32, 4)
+            self.b = self.a
+
+        def forward(self, x):
+            return self.head(self.b(torch.relu(self.a(x))))
+
+    model = open_some(sgtriton.patch(Twice(), block=(8, 8))).eval()
+    x = torch.randn(5, 32)
+    out = model(x)
+    sgtriton.save(model, tmp_path / "gated.sgt")
+    sgtriton.sparsify(model, form=form)
+    assert model.a is model.b
+    served = model(x)
+    assert_close("served", served, out)
+    sgtriton.save(model, tmp_path / "served.sgt")
+    for target in (Twice(), sgtriton.patch(Twice(), block=(4, 4)), copy.deepcopy(model)):
+        again = sgtriton.load(target, tmp_path / "served.sgt")
+        assert again.a is again.b
+        assert_exact("reloaded", again(x), served)
+        assert_close("from gates", sgtriton.load(target, tmp_path / "gated.sgt")(x), out)
+
+
+@torch.no_grad()
+def test_partly_patched_model_keeps_its_other_layers():
+    model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4))
+    open_some(sgtriton.patch(model, block=(8, 8), include="0"))
+    other, x = model[2], torch.randn(5, 32)
+    out = model(x)
+    sgtriton.sparsify(model, form="dense")
+    assert model[2] is other
+    assert type(other) is nn.Linear
+    assert_exact("served", model(x), out)
+
+
+@torch.no_grad()
+def test_second_sparsify_turns_the_layers_gated_since():
+    model = nn.Sequential(nn.Linear(32, 32), nn.Conv2d(1, 2, 3))
+    sgtriton.sparsify(sgtriton.patch(model, include="0"), form="sparse")
+    sgtriton.sparsify(sgtriton.patch(model), form="dense")
+    assert type(model[0]) is BlockSparseLinear
+    assert model[0].form == "sparse"
+    assert type(model[1]) is BlockSparseConv2d
+
+
+@torch.no_grad()
+def test_single_layer_model_is_served():
+    layer = open_some(sgtriton.patch(nn.Linear(20, 12), block=(4, 4)))
+    x = torch.randn(3, 20)
+    out = layer(x)
+    assert sgtriton.sparsify(layer, form="dense") is layer
+    assert isinstance(layer, SparseModule)
+    assert_exact("served", layer(x), out)
+
+
+def test_each_layers_form_is_logged(caplog):
+    with caplog.at_level(logging.INFO, logger="sgtriton.serving"):
+        sgtriton.sparsify(mlp(), form="sparse")
+    assert [r.getMessage().split(":")[0] for r in caplog.records] == ["0", "2"]
+    assert all("density" in r.getMessage() and "sparse" in r.getMessage() for r in caplog.records)
+
+
+@torch.no_grad()
+def test_no_gate_is_tracked_after_serving():
+    """An optimizer's step would still look for it."""
+    from sgtriton import optim
+
+    model = mlp()
+    layers = [model[0], model[2]]
+    sgtriton.sparsify(model, form="dense")
+    assert not any(layer in optim._gated_modules for layer in layers)
