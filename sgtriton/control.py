@@ -20,8 +20,7 @@ import torch
 from sgtriton_kernels import GatePenalties, coverage, gate_penalties
 from torch import nn
 
-from .layers import GatedModule
-from .optim import named_gated_layers
+from .layers import GatedModule, named_gated_layers
 from .projection import TOLERANCE, choose_open, largest_block_share, lowest_density
 
 _CHECK_EVERY = 100  # steps between looks at the statistics, which wait for the device

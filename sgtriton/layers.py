@@ -6,6 +6,7 @@ Parameters, same hooks; its class is exchanged and a Parameter ``gate`` added.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from sgtriton_kernels.blocks import Block
 from sgtriton_kernels.gate import check_gate_kind
 from torch import nn
 
-from . import optim
+from . import clipping
 
 
 class GatedModule(nn.Module):
@@ -49,7 +50,7 @@ class GatedModule(nn.Module):
             self.layout.gate_shape, self.gate_init, dtype=torch.float32, device=self.weight.device
         )
         self.register_parameter("gate", nn.Parameter(gate))
-        optim.track(self)
+        clipping.track(self)
 
     @property
     def layout(self) -> GateLayout:
@@ -199,7 +200,7 @@ class GatedModule(nn.Module):
 
     def __setstate__(self, state):
         super().__setstate__(state)
-        optim.track(self)  # a copy, or a module that came out of a pickle
+        clipping.track(self)  # a copy, or a module that came out of a pickle
 
 
 class GatedLinear(GatedModule, nn.Linear):
@@ -309,8 +310,21 @@ def ungate_layer(layer: GatedModule, fold: bool) -> None:
     """Turn a gated layer back into the dense layer it was, in place."""
     if fold:
         layer.weight.copy_(layer.eval_weight())
-    optim.untrack(layer)
+    clipping.untrack(layer)
     del layer.gate
     for name in ("gate_kind", "gate_block", "gate_init", "frozen"):
         delattr(layer, name)
     layer.__class__ = layer.dense_type  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def gated_layers(model: nn.Module) -> Iterator[GatedModule]:
+    """The gated layers of ``model``, each once."""
+    for _, layer in named_gated_layers(model):
+        yield layer
+
+
+def named_gated_layers(model: nn.Module) -> Iterator[tuple[str, GatedModule]]:
+    """``(qualified name, layer)`` of the gated layers of ``model``, each once."""
+    for name, module in model.named_modules():
+        if isinstance(module, GatedModule):
+            yield name, module

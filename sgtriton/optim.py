@@ -1,36 +1,15 @@
-"""What gates ask of an optimizer: clipped after each step, no weight decay, a rate of their own.
-
-Gates are found through a weak set of gated modules at step time, not by the identity that a
-parameter had when the layer was made: sharding replaces Parameters.
-"""
+"""Parameter groups for the optimizer: gates without decay, at a rate of their own."""
 
 from __future__ import annotations
 
 import math
-import warnings
-import weakref
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+from torch.optim.optimizer import Optimizer
 
-if TYPE_CHECKING:
-    from .layers import GatedModule
-
-_gated_modules: weakref.WeakSet[GatedModule] = weakref.WeakSet()
-_warned_of_decay: weakref.WeakSet[Optimizer] = weakref.WeakSet()
-
-
-def track(module: GatedModule) -> None:
-    """Have the gates of ``module`` clipped after each optimizer step."""
-    _gated_modules.add(module)
-
-
-def untrack(module: GatedModule) -> None:
-    """Forget ``module``: it has no gates any more."""
-    _gated_modules.discard(module)
+from .layers import gated_layers
 
 
 def param_groups(
@@ -82,51 +61,3 @@ def param_groups(
         {"params": gates, "lr": rate, "weight_decay": 0.0} for rate, gates in gates_by_lr.items()
     ]
     return [group for group in groups if group["params"]]
-
-
-def gated_layers(model: nn.Module) -> Iterator[GatedModule]:
-    """The gated layers of ``model``, each once."""
-    for _, layer in named_gated_layers(model):
-        yield layer
-
-
-def named_gated_layers(model: nn.Module) -> Iterator[tuple[str, GatedModule]]:
-    """``(qualified name, layer)`` of the gated layers of ``model``, each once."""
-    from .layers import GatedModule
-
-    for name, module in model.named_modules():
-        if isinstance(module, GatedModule):
-            yield name, module
-
-
-def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    if not _gated_modules:
-        return
-    own = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    gates = [m.gate for m in list(_gated_modules) if not m.frozen and id(m.gate) in own]
-    if not gates:
-        return
-    with torch.no_grad():
-        for gate in gates:
-            gate.clamp_(0, 1)
-    _warn_of_decay(optimizer, {id(gate) for gate in gates})
-
-
-def _warn_of_decay(optimizer: Optimizer, gate_ids: set[int]) -> None:
-    if optimizer in _warned_of_decay:
-        return
-    for group in optimizer.param_groups:
-        if group.get("weight_decay") and any(id(p) in gate_ids for p in group["params"]):
-            _warned_of_decay.add(optimizer)
-            warnings.warn(
-                f"weight_decay={group['weight_decay']} acts on gates and closes them whatever they "
-                "are worth; build the optimizer from sgtriton.param_groups(model, lr, "
-                "weight_decay), which keeps gates out of it",
-                stacklevel=5,  # the caller of `optimizer.step()`
-            )
-            return
-
-
-# the mark of torch.compiler.disable, which would import the compiler
-setattr(_after_step, "_torchdynamo_disable", True)  # noqa: B010
-register_optimizer_step_post_hook(_after_step)  # pyright: ignore[reportArgumentType]

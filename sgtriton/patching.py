@@ -21,8 +21,14 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import UninitializedTensorMixin  # pyright: ignore
 from torch.nn.utils.parametrize import ParametrizationList
 
-from .layers import GATED_TYPES, GatedModule, check_gate_options, gate_layer, ungate_layer
-from .optim import named_gated_layers
+from .layers import (
+    GATED_TYPES,
+    GatedModule,
+    check_gate_options,
+    gate_layer,
+    named_gated_layers,
+    ungate_layer,
+)
 from .state import check_states_of, forget_states_of
 
 log = logging.getLogger(__name__)

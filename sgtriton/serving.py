@@ -8,7 +8,7 @@ import torch
 from sgtriton_kernels import bsr_linear
 from torch import nn
 
-from .optim import named_gated_layers
+from .layers import named_gated_layers
 from .patching import Model, leave_fast_paths
 from .sparse_layers import BUCKETS, SparseModule, sparsify_layer
 from .state import check_states_of

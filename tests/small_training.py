@@ -8,7 +8,7 @@ from torch import nn
 
 import sgtriton
 from sgtriton import SparsityController
-from sgtriton.optim import gated_layers
+from sgtriton.layers import gated_layers
 
 OPTIMIZERS = {
     "Adam": (torch.optim.Adam, 0.03, {}),

@@ -10,7 +10,7 @@ from torch import nn
 
 import sgtriton
 from sgtriton import SparsityController, control, gate_penalty
-from sgtriton.optim import gated_layers
+from sgtriton.layers import gated_layers
 
 
 def save_load(state):

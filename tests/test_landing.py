@@ -5,7 +5,7 @@ import torch
 from helpers import assert_exact
 from small_training import Training, allowed_error, sparsity
 
-from sgtriton.optim import gated_layers
+from sgtriton.layers import gated_layers
 
 LANDINGS = [
     ("Adam", (1, 1), "threshold", False, 200),

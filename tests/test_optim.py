@@ -10,7 +10,8 @@ from helpers import assert_exact
 from torch import nn
 
 import sgtriton
-from sgtriton import optim
+from sgtriton import clipping
+from sgtriton.layers import gated_layers
 
 OPTIMIZERS = {
     "SGD": lambda p: torch.optim.SGD(p, 50.0),
@@ -31,7 +32,7 @@ def make_model(block=(2, 2), gate="threshold"):
 
 
 def gates_of(model):
-    return [layer.gate for layer in optim.gated_layers(model)]
+    return [layer.gate for layer in gated_layers(model)]
 
 
 def step(model, optimizer, sign=1.0):
@@ -243,7 +244,7 @@ def test_rates_under_sgd_follow_the_weights_per_gate():
 
 def test_frozen_gates_are_in_no_group():
     model = make_model()
-    for layer in optim.gated_layers(model):
+    for layer in gated_layers(model):
         layer.freeze()
     groups = sgtriton.param_groups(model, 0.1)
     assert len(groups) == 1
@@ -268,7 +269,7 @@ def test_param_groups_refuses(change, match):
 
 def test_dropped_models_and_optimizers_leave_nothing_behind():
     gc.collect()
-    before = len(optim._gated_modules), len(optim._warned_of_decay)
+    before = len(clipping._gated_modules), len(clipping._warned_of_decay)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = nn.Module()
@@ -282,13 +283,13 @@ def test_dropped_models_and_optimizers_leave_nothing_behind():
                 sgtriton.unpatch(model)
     del model
     gc.collect()
-    assert (len(optim._gated_modules), len(optim._warned_of_decay)) == before
+    assert (len(clipping._gated_modules), len(clipping._warned_of_decay)) == before
 
 
 def test_unpatched_layer_is_forgotten_at_once():
     model = make_model()
-    layers = [*optim.gated_layers(model)]
-    assert all(layer in optim._gated_modules for layer in layers)
+    layers = [*gated_layers(model)]
+    assert all(layer in clipping._gated_modules for layer in layers)
     sgtriton.unpatch(model)
-    assert not any(layer in optim._gated_modules for layer in layers)
+    assert not any(layer in clipping._gated_modules for layer in layers)
     step(model, torch.optim.SGD(model.parameters(), 0.1))

@@ -8,7 +8,7 @@ from sgtriton_kernels import coverage, expand_gates
 from torch import nn
 
 import sgtriton
-from sgtriton.optim import gated_layers
+from sgtriton.layers import gated_layers
 from sgtriton.projection import TOLERANCE, choose_open, largest_block_share, lowest_density
 
 
