@@ -101,7 +101,9 @@ class SparsityController:
     the gates, and the rest trains what is left.
 
     With gradient accumulation, add ``penalty()`` to each micro-batch's loss and scale it like that
-    loss. A step that a ``GradScaler`` skips may be followed by ``step()`` like any other.
+    loss. A step that a ``GradScaler`` skips may be followed by ``step()`` like any other. Under
+    ``DistributedDataParallel`` pass ``find_unused_parameters=True``: frozen gates take part in no
+    backward pass.
 
     Args:
         model: patched model, on one device.

@@ -13,7 +13,7 @@ import torch
 from sgtriton_kernels import GateLayout, gate_layout, gate_weight
 from sgtriton_kernels.blocks import Block
 from sgtriton_kernels.gate import check_gate_kind
-from torch import nn
+from torch import distributed, nn
 
 from . import clipping
 
@@ -29,6 +29,8 @@ class GatedModule(nn.Module):
         gate_block: ``(bn, bk)`` as asked for; ``None`` is the whole dimension.
         gate_init: value of the gates after ``patch`` and after loading a dense checkpoint.
         frozen: gates are exactly 0 or 1 and no longer train.
+        sync_noise: Bernoulli gates are drawn alike on all ranks of the default process group. By
+            default each rank draws its own, which averages more samples.
     """
 
     weight: nn.Parameter
@@ -38,6 +40,7 @@ class GatedModule(nn.Module):
     gate_block: Block
     gate_init: float
     frozen: bool
+    sync_noise: bool = False
 
     dense_type: type[nn.Module]  # the layer that this one gates
 
@@ -73,6 +76,8 @@ class GatedModule(nn.Module):
         if self.gate_kind == "bernoulli" and self.training and not self.frozen:
             kind = "bernoulli"
             seed = torch.randint(0, 2**63 - 1, (1,), device=weight.device)
+            if self.sync_noise and distributed.is_available() and distributed.is_initialized():
+                distributed.broadcast(seed, 0)
         if _autocast(weight.device.type) and dtype != torch.float64:  # it leaves fp64 alone
             dtype = torch.get_autocast_dtype(weight.device.type)
         return gate_weight(
@@ -312,8 +317,8 @@ def ungate_layer(layer: GatedModule, fold: bool) -> None:
         layer.weight.copy_(layer.eval_weight())
     clipping.untrack(layer)
     del layer.gate
-    for name in ("gate_kind", "gate_block", "gate_init", "frozen"):
-        delattr(layer, name)
+    for name in ("gate_kind", "gate_block", "gate_init", "frozen", "sync_noise"):
+        layer.__dict__.pop(name, None)
     layer.__class__ = layer.dense_type  # pyright: ignore[reportAttributeAccessIssue]
 
 

@@ -60,6 +60,7 @@ def patch(
     init: float = 0.9,
     include: Pattern = None,
     exclude: Pattern = None,
+    sync_noise: bool = False,
 ) -> Model:
     """Put gates on the weights of a model's ``Linear``, ``Conv1d`` and ``Conv2d`` layers.
 
@@ -79,6 +80,8 @@ def patch(
         include: only these layers: glob patterns on qualified names (``"encoder.*"``), one or
             several, or a function ``(name, module) -> bool``. ``None`` is all.
         exclude: not these; as ``include``.
+        sync_noise: draw Bernoulli gates alike on all ranks of the default process group; each rank
+            draws its own otherwise.
 
     Returns:
         ``model``.
@@ -98,6 +101,7 @@ def patch(
     for name, layer in chosen.items():
         log.info("%s: gated, block %s, %s", name, block, gate)
         gate_layer(layer, block, gate, init)
+        layer.sync_noise = sync_noise  # pyright: ignore[reportAttributeAccessIssue]
     for skip in skipped:
         log.info("%s: not gated: %s", skip.name, skip.reason)
     if chosen:

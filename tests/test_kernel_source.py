@@ -1,0 +1,46 @@
+"""What no run on a CPU can see in a kernel: the interpreter fills masked lanes with 0."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+KERNELS = Path(__file__).parents[1] / "kernels" / "sgtriton_kernels"
+SOURCES = sorted(p for p in KERNELS.glob("*.py") if "@triton.jit" in p.read_text(encoding="utf-8"))
+
+
+def masked_loads_without_fill(source: str) -> list[int]:
+    """Line numbers of `tl.load` calls with a mask and without `other`."""
+    return [
+        node.lineno
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func) == "tl.load"
+        and {"mask"} <= {keyword.arg for keyword in node.keywords}
+        and "other" not in {keyword.arg for keyword in node.keywords}
+    ]
+
+
+def test_the_check_finds_a_planted_fault():
+    assert masked_loads_without_fill("x = tl.load(p, mask=m)\ny = tl.load(p, mask=m, other=0)") == [
+        1
+    ]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+def test_masked_loads_say_what_fills_them(path):
+    assert masked_loads_without_fill(path.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+def test_program_ids_are_widened_before_they_are_multiplied(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
+            text = ast.unparse(node)
+            assert "tl.program_id" not in text or "tl.int64" in text, f"line {node.lineno}: {text}"
+
+
+def test_triton_is_imported_in_one_place():
+    for path in KERNELS.glob("*.py"):
+        if path.name != "_triton.py":
+            assert "import triton" not in path.read_text(encoding="utf-8"), path.name
