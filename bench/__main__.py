@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 
-from . import accuracy
+from . import accuracy, report
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="NAME")
     accuracy.add_command(commands)
+    report.add_command(commands)
     arguments = parser.parse_args()
     try:
         return arguments.run(arguments)

@@ -303,11 +303,14 @@ def check_gate_options(block: Block, kind: str, init: float) -> None:
         raise ValueError(f"init must be in (0.5, 1], so that every gate starts open, got {init}")
 
 
-def gate_layer(layer: nn.Module, block: Block, kind: str, init: float) -> None:
+def gate_layer(
+    layer: nn.Module, block: Block, kind: str, init: float, sync_noise: bool = False
+) -> None:
     """Turn a dense layer into the gated layer of its type, in place."""
     layer.__class__ = GATED_TYPES[type(layer)]
     assert isinstance(layer, GatedModule)
     layer.init_gates(block, kind, init)
+    layer.sync_noise = sync_noise
 
 
 @torch.no_grad()

@@ -100,8 +100,7 @@ def patch(
     chosen = {n: m for n, m in targets.items() if wanted(n, m) and not unwanted(n, m)}
     for name, layer in chosen.items():
         log.info("%s: gated, block %s, %s", name, block, gate)
-        gate_layer(layer, block, gate, init)
-        layer.sync_noise = sync_noise  # pyright: ignore[reportAttributeAccessIssue]
+        gate_layer(layer, block, gate, init, sync_noise)
     for skip in skipped:
         log.info("%s: not gated: %s", skip.name, skip.reason)
     if chosen:

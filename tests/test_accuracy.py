@@ -1,6 +1,6 @@
 import torch
 
-from bench import accuracy
+from bench import accuracy, report
 from bench.accuracy import Cell
 from sgtriton.demo.data import Digits
 
@@ -24,3 +24,8 @@ def test_rows_survive_the_csv_and_land_on_the_target(tmp_path):
     assert dense.sparsity == 0
     assert abs(gated.sparsity - 0.9) <= 0.005
     assert len(gated.open_per_layer.split()) == 3
+
+
+def test_page_of_measurements_is_what_the_results_give():
+    """README_BENCH.md is generated: a figure that is edited by hand fails here."""
+    assert report.PAGE.read_text(encoding="utf-8") == report.page()
