@@ -20,9 +20,9 @@ figure was measured, beside what it is compared with; what is not here was not m
 _ACCURACY = """
 ## Accuracy against sparsity
 
-LeNet-300-100 on MNIST (60,000 training and 10,000 test images), {epochs} epochs, batch 128,
-Adam 2e-3, {seeds} seed(s), one thread, PyTorch {torch}, Python {python}. Gated and dense twins
-start from the same weights and see the same batches; the last layer is gated per weight. Accuracy is
+LeNet-300-100 on MNIST (60,000 training and 10,000 test images), {epochs} epochs, batch 128, Adam
+2e-3, {seeds} seed(s), one thread, PyTorch {torch}, Python {python}. Gated and dense twins start
+from the same weights and see the same batches; the last layer is gated per weight. Accuracy is
 that of the last step; test images chose nothing. Rerun: `python -m bench accuracy --data DIR` with
 the four IDX files in `DIR` (rows that the CSV has are not trained again: move it away first).
 
