@@ -115,14 +115,23 @@ def test_a_keyboard_interrupt_ends_quietly(monkeypatch, capsys):
 def test_ctrl_c_while_training_exits_130_without_traceback(tmp_path):
     command = [sys.executable, "-m", "sgtriton", "demo", "--epochs", "5000", "--out", str(tmp_path)]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=_environment()
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=_environment(),
+        # a test run in the background ignores the signal, and its children with it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout is not None
     while not process.stdout.readline().startswith("train"):
         assert process.poll() is None, process.stderr and process.stderr.read()
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    try:
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130
     assert "Traceback" not in err
     assert err.rstrip().endswith("sgtriton: interrupted")
