@@ -8,6 +8,7 @@ model is touched: a block index is an address to a kernel.
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import os
 import reprlib
@@ -23,7 +24,7 @@ from torch import nn
 from .container import read_file, write_file
 from .layers import GatedModule
 from .patching import Model, leave_fast_paths
-from .serving import choose_forms, stored_part
+from .serving import plan_forms, stored_part
 from .sparse_layers import (
     BUCKETS,
     FORMS,
@@ -36,6 +37,8 @@ from .sparse_layers import (
 )
 from .state import check_states_of
 from .stored import StoredWeight
+
+log = logging.getLogger(__name__)
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -98,19 +101,25 @@ def load(model: Model, path: str | os.PathLike[str]) -> Model:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     modules = dict(model.named_modules())
+    plans: dict[str, tuple[dict[str, str], str]] = {}
+    for name, part in stored.items():  # all that can fail comes before the first layer changes
+        layer, entry = modules[name], description["layers"][name]
+        like = layer.values if isinstance(layer, SparseModule) else layer.weight
+        stored[name] = part = stored_like(part, like.detach())  # pyright: ignore
+        recorded = forms[name]
+        if recorded is None or entry["device"] != like.device.type:
+            plans[name] = plan_forms(part, layer.bias)  # pyright: ignore
+        else:
+            plans[name] = recorded, entry["reason"]
     for name, layer in _our_layers(model).items():
         if name not in stored:
             densify_layer(layer)
     for name, part in stored.items():
-        layer, entry = modules[name], description["layers"][name]
-        like = layer.values if isinstance(layer, SparseModule) else layer.weight
-        block = tuple(entry["gate_block"])
-        sparse = sparsify_layer(layer, stored_like(part, like.detach()), block, entry["gate_kind"])  # pyright: ignore
-        recorded = forms[name]
-        if recorded is None or entry["device"] != like.device.type:
-            choose_forms(sparse, dense_copy=entry["dense_copy"])
-        else:
-            sparse.set_forms(recorded, entry["reason"], entry["dense_copy"])
+        entry = description["layers"][name]
+        block = (entry["gate_block"][0], entry["gate_block"][1])
+        sparse = sparsify_layer(modules[name], part, block, entry["gate_kind"])
+        sparse.set_forms(*plans[name], entry["dense_copy"])
+        log.info("%s: density %.4f, %s", name, part.density, sparse.form)
     # everything was checked, so that nothing is missing but what the sparse layers hold already
     model.load_state_dict(others, strict=False)
     leave_fast_paths(model)

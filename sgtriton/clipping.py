@@ -6,6 +6,7 @@ parameter had when the layer was made: sharding replaces Parameters.
 
 from __future__ import annotations
 
+import threading
 import warnings
 import weakref
 from typing import Any, Protocol
@@ -21,30 +22,51 @@ class HasGates(Protocol):
     frozen: bool
 
 
+class Observer(Protocol):
+    """Who looks at gradients of gates while they are there: before a user sets them to zero."""
+
+    def optimizer_stepped(self, parameters: set[int]) -> None:
+        """Called after each optimizer step with the ids of the optimizer's parameters."""
+
+
 _gated_modules: weakref.WeakSet[HasGates] = weakref.WeakSet()
+_observers: weakref.WeakSet[Observer] = weakref.WeakSet()
+_lock = threading.Lock()  # of the two: models are patched in one thread and trained in another
 _warned_of_decay: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
 
 def track(module: HasGates) -> None:
     """Have the gates of ``module`` clipped after each optimizer step."""
-    _gated_modules.add(module)
+    with _lock:
+        _gated_modules.add(module)
 
 
 def untrack(module: HasGates) -> None:
     """Forget ``module``: it has no gates any more."""
-    _gated_modules.discard(module)
+    with _lock:
+        _gated_modules.discard(module)
+
+
+def watch(observer: Observer) -> None:
+    """Tell ``observer`` of each optimizer step, as long as it lives."""
+    with _lock:
+        _observers.add(observer)
 
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if not _gated_modules:
         return
     own = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    gates = [m.gate for m in list(_gated_modules) if not m.frozen and id(m.gate) in own]
+    with _lock:
+        modules, observers = list(_gated_modules), list(_observers)
+    gates = [m.gate for m in modules if id(getattr(m, "gate", None)) in own and not m.frozen]
     if not gates:
         return
     with torch.no_grad():
         for gate in gates:
             gate.clamp_(0, 1)
+    for observer in observers:
+        observer.optimizer_stepped(own)
     _warn_of_decay(optimizer, {id(gate) for gate in gates})
 
 

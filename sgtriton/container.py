@@ -51,7 +51,11 @@ def write_file(path: Path, layers: dict[str, Any], tensors: dict[str, torch.Tens
     text = json.dumps(description, sort_keys=True)
     metadata = {_KEY: text, _KEY_SUM: str(zlib.crc32(text.encode()))}
     try:
-        _replace(path, write_container(tensors, metadata))
+        data = write_container(tensors, metadata)
+    except KeyError as error:  # the container does not know a dtype
+        raise ValueError(f"{path}: tensors of {error} cannot be stored") from error
+    try:
+        _replace(Path(os.path.realpath(path)), data)  # a link stays one
     except OSError as error:
         raise ValueError(f"{path}: cannot be written: {error}") from error
 

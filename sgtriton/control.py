@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,8 @@ import torch
 from sgtriton_kernels import GatePenalties, coverage, gate_penalties
 from torch import nn
 
-from .layers import GatedModule, named_gated_layers
+from . import clipping
+from .layers import GatedModule, check_numbers, named_gated_layers
 from .projection import TOLERANCE, choose_open, largest_block_share, lowest_density
 
 _CHECK_EVERY = 100  # steps between looks at the statistics, which wait for the device
@@ -127,7 +129,7 @@ class SparsityController:
         freeze_at: float = 0.7,
         allow_empty: bool = False,
     ) -> None:
-        if not 0 <= target < 1:
+        if not isinstance(target, (int, float)) or not 0 <= target < 1:
             raise ValueError(f"target must be a sparsity in [0, 1), got {target}")
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise ValueError(f"steps must be the number of optimizer steps, >= 1, got {steps!r}")
@@ -159,6 +161,7 @@ class SparsityController:
         self._start_density: float | None = None
         self._penalties_since_step = 0
         self._warned = False
+        clipping.watch(self)
 
     @property
     def frozen(self) -> bool:
@@ -209,10 +212,11 @@ class SparsityController:
                 "not advance; call controller.step() after optimizer.step()",
                 stacklevel=2,
             )
-        self._last = last = self._measure()
+        measured = self._measure()
+        self._last = measured._replace(penalty=measured.penalty.detach())
         if self._first_mean is None:
-            self._first_mean = last.mean.clone()
-        return last.penalty if not self.frozen else last.penalty.detach() * 0
+            self._first_mean = measured.mean.clone()
+        return self._last.penalty * 0 if self.frozen else measured.penalty
 
     @torch.no_grad()
     def step(self) -> None:
@@ -231,19 +235,38 @@ class SparsityController:
             return
         if self._start_density is None:
             self._start_density = min(1.0, self._controlled(last).item())
-        if self._count <= self.ramp[0] * self.steps or not self._unit_measured:
-            self._measure_unit()
         self._mask = last.mask
         self._update_multiplier(last)
         if not self._thawed and self._count >= self.freeze_at * self.steps:
             self.freeze()
 
     @torch.no_grad()
+    def optimizer_stepped(self, parameters: set[int]) -> None:
+        """Average the gates' gradient per weight, while no penalty is in it.
+
+        Called after each optimizer step, with the ids of the optimizer's parameters.
+        """
+        if self._count >= self.ramp[0] * self.steps and self._unit_measured:
+            return
+        layers = [layer for layer in self._layers.values() if isinstance(layer, GatedModule)]
+        own = [layer for layer in layers if id(layer.gate) in parameters]
+        grads = [layer.gate.grad for layer in own if layer.gate.grad is not None]
+        if not grads or len(grads) < len(own):
+            return
+        weights = sum(layer.weight.numel() for layer in own)
+        gradient = torch.stack([g.abs().sum() for g in grads]).sum() / weights
+        measured = torch.stack([gradient, torch.ones_like(gradient)])
+        # a GradScaler's overflow is no measurement
+        self._unit = self._unit + torch.where(gradient.isfinite(), measured, 0.0)
+        self._unit_measured = True
+
+    @torch.no_grad()
     def freeze(self) -> None:
         """Project the gates onto the target density and freeze them, whatever the schedule says.
 
         Afterwards each gate is exactly 0 or 1 and needs no gradient, the weights of closed blocks
-        are 0, and neither optimizer state nor weight decay can touch the output through them.
+        are set to 0, and neither optimizer state nor weight decay can touch the output through
+        them: momentum that an optimizer still has may move a closed weight, its gate drops it.
         """
         self._check_gates()
         layers = self._gated()
@@ -254,7 +277,11 @@ class SparsityController:
         self._last = None
 
     def thaw(self) -> None:
-        """Let frozen gates train again; they freeze again by :meth:`freeze` only."""
+        """Let frozen gates train again; they freeze again by :meth:`freeze` only.
+
+        A closed gate's gradient is a sum over its weights, which freezing set to 0: blocks that
+        were closed reopen only as far as the optimizer's momentum or the penalty moves them.
+        """
         self._thawed = True
         for layer in self._gated():
             layer.thaw()
@@ -286,30 +313,40 @@ class SparsityController:
         if missing := self.state_dict().keys() - state.keys():
             raise ValueError(f"the controller's state lacks {sorted(missing)}")
         for name, own in self._schedule().items():
-            if state[name] != own:
+            given = state[name]
+            if (list(given) if isinstance(given, tuple) else given) != own:
                 raise ValueError(
-                    f"the state was written for {name}={state[name]}, this controller has {own}"
+                    f"the state was written for {name}={given}, this controller has {own}"
                 )
+        for name, allowed in _STATE_RULES.items():
+            if not allowed(state[name]):
+                raise ValueError(f"the controller's state holds {name}={state[name]!r}")
         mask, bits = state["mask"], -(-self._cover.numel() // 8)
         if mask is not None and mask.shape != (bits,):
             raise ValueError(
                 f"the state's mask has shape {tuple(mask.shape)}, this model's gates need ({bits},)"
             )
+        layers = self._gated()
+        if state["frozen"]:
+            for name, layer in self._layers.items():
+                if not ((layer.gate == 0) | (layer.gate == 1)).all():
+                    raise ValueError(
+                        f"{name}: the state is of frozen gates, the model's are not all 0 or 1; "
+                        "load the model's state first"
+                    )
         device = self._cover.device
         self._count, self._thawed = state["count"], state["thawed"]
         self._start_density, self._unit_measured = state["start_density"], state["unit_measured"]
-        self._multiplier = torch.tensor(state["multiplier"], device=device, dtype=torch.float32)
-        self._ascent = torch.tensor(state["ascent"], device=device, dtype=torch.float32)
-        self._highest = torch.tensor(state["highest"], device=device, dtype=torch.float32)
-        self._bimodal = torch.tensor(state["bimodal"], device=device, dtype=torch.float32)
-        self._unit = torch.tensor(state["unit"], device=device, dtype=torch.float32)
+        for name in ("multiplier", "ascent", "highest", "bimodal", "unit"):
+            value = torch.tensor(state[name], device=device, dtype=torch.float32)
+            setattr(self, f"_{name}", value)
         mean = state["first_mean"]
         self._first_mean = (
             None if mean is None else torch.tensor(mean, device=device, dtype=torch.float64)
         )
         self._mask = None if mask is None else mask.to(device)
         self._last = None
-        for layer in self._gated():
+        for layer in layers:
             if state["frozen"] and not layer.frozen:
                 layer.freeze()
             elif layer.frozen and not state["frozen"]:
@@ -355,17 +392,6 @@ class SparsityController:
         kinds = {layer.gate_kind for layer in self._layers.values()}
         return measured.mean if kinds == {"bernoulli"} else measured.density
 
-    def _measure_unit(self) -> None:
-        """Average the gates' gradient per weight, while no penalty is in it."""
-        grads = [layer.gate.grad for layer in self._gated() if layer.gate.grad is not None]
-        if len(grads) < len(self._layers):
-            return
-        gradient = torch.cat([g.reshape(-1) for g in grads]).abs().sum() / self._cover.sum()
-        measured = torch.stack([gradient, torch.ones_like(gradient)])
-        # a GradScaler's overflow is no measurement
-        self._unit = self._unit + torch.where(gradient.isfinite(), measured, 0.0)
-        self._unit_measured = True
-
     def _update_multiplier(self, last: GatePenalties) -> None:
         if self._count <= self.ramp[0] * self.steps:
             return
@@ -405,8 +431,21 @@ class SparsityController:
     def _check_gates(self) -> None:
         self._gated()
         for name, layer in self._layers.items():
-            if torch.isnan(layer.gate).any():
-                raise ValueError(f"{name}: gates must be numbers, got NaN; did the loss diverge?")
+            check_numbers(name, layer)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, float) and math.isfinite(value)
+
+
+_STATE_RULES: dict[str, Callable[[Any], bool]] = {
+    "count": lambda v: isinstance(v, int) and v >= 0,
+    **dict.fromkeys(("thawed", "frozen", "unit_measured"), lambda v: isinstance(v, bool)),
+    **dict.fromkeys(("start_density", "first_mean"), lambda v: v is None or _is_number(v)),
+    **dict.fromkeys(("multiplier", "ascent", "highest", "bimodal"), _is_number),
+    "unit": lambda v: isinstance(v, list) and len(v) == 2 and all(map(_is_number, v)),
+    "mask": lambda v: v is None or (isinstance(v, torch.Tensor) and v.dtype == torch.uint8),
+}
 
 
 def _layers_of(model: nn.Module) -> dict[str, GatedModule]:

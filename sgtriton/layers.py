@@ -17,6 +17,8 @@ from torch import distributed, nn
 
 from . import clipping
 
+_RANK_STRIDE = 0x1E3779B97F4A7C15  # odd, so that no two ranks draw from seeds that meet
+
 
 class GatedModule(nn.Module):
     """What gated layers share: the gates, their state, and the gated weight.
@@ -75,9 +77,12 @@ class GatedModule(nn.Module):
         kind, seed, dtype = "threshold", None, weight.dtype
         if self.gate_kind == "bernoulli" and self.training and not self.frozen:
             kind = "bernoulli"
-            seed = torch.randint(0, 2**63 - 1, (1,), device=weight.device)
-            if self.sync_noise and distributed.is_available() and distributed.is_initialized():
-                distributed.broadcast(seed, 0)
+            seed = torch.randint(0, 2**62, (1,), device=weight.device)
+            if distributed.is_available() and distributed.is_initialized():
+                if self.sync_noise:
+                    distributed.broadcast(seed, 0)
+                else:  # ranks often share a seed
+                    seed += distributed.get_rank() * _RANK_STRIDE % 2**62
         if _autocast(weight.device.type) and dtype != torch.float64:  # it leaves fp64 alone
             dtype = torch.get_autocast_dtype(weight.device.type)
         return gate_weight(
@@ -127,10 +132,11 @@ class GatedModule(nn.Module):
             self.gate.grad = None
 
     def reset_parameters(self) -> None:
-        """Initialise the weight as the dense layer does, and the gates to ``gate_init``."""
+        """Initialise the weight as the dense layer does; thaw the gates, set them to ``init``."""
         super().reset_parameters()  # pyright: ignore[reportAttributeAccessIssue]
         if "gate" in self._parameters:
             nn.init.constant_(self.gate, self.gate_init)
+            self.thaw()
 
     def extra_repr(self) -> str:
         frozen = ", frozen" if self.frozen else ""
@@ -285,6 +291,12 @@ class GatedConv2d(_GatedConv, nn.Conv2d):
     dense_type = nn.Conv2d
 
 
+# What a gated or sparse layer adds to a layer; one that has such an attribute cannot become ours.
+ADDED_NAMES = (
+    "gate", "gate_kind", "gate_block", "gate_init", "frozen", "sync_noise",
+    "values", "crow", "col", "ccol", "row", "perm", "row_order", "bits", "dense_weight",
+)  # fmt: skip
+
 GATED_TYPES: dict[type[nn.Module], type[GatedModule]] = {
     gated.dense_type: gated for gated in (GatedLinear, GatedConv1d, GatedConv2d)
 }
@@ -299,7 +311,7 @@ def check_gate_options(block: Block, kind: str, init: float) -> None:
     """Raise ``ValueError`` where a gated layer cannot be made of these."""
     gate_layout((1, 1), block)
     check_gate_kind(kind)
-    if not 0.5 < init <= 1:
+    if not isinstance(init, (int, float)) or not 0.5 < init <= 1:
         raise ValueError(f"init must be in (0.5, 1], so that every gate starts open, got {init}")
 
 
@@ -315,14 +327,20 @@ def gate_layer(
 
 @torch.no_grad()
 def ungate_layer(layer: GatedModule, fold: bool) -> None:
-    """Turn a gated layer back into the dense layer it was, in place."""
-    if fold:
+    """Turn a gated layer back into the dense layer it was, in place; a frozen one folds anyway."""
+    if fold or layer.frozen:  # what momentum did to closed weights since freezing is no training
         layer.weight.copy_(layer.eval_weight())
     clipping.untrack(layer)
     del layer.gate
     for name in ("gate_kind", "gate_block", "gate_init", "frozen", "sync_noise"):
         layer.__dict__.pop(name, None)
     layer.__class__ = layer.dense_type  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def check_numbers(name: str, layer: GatedModule) -> None:
+    """Raise ``ValueError`` if a gate of the layer called ``name`` is NaN; waits for the device."""
+    if layer.gate.device.type != "meta" and torch.isnan(layer.gate).any():
+        raise ValueError(f"{name or 'the model'}: gates must be numbers, got NaN")
 
 
 def gated_layers(model: nn.Module) -> Iterator[GatedModule]:

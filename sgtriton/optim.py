@@ -33,7 +33,9 @@ def param_groups(
         optimizer: class that the groups are for.
 
     Returns:
-        Groups for the optimizer's first argument; parameters that need no gradient are left out.
+        Groups for the optimizer's first argument. Frozen gates are among them, so that an
+        optimizer's state can be loaded before and after they freeze; other parameters that need no
+        gradient are left out.
 
     Raises:
         ValueError: a negative rate or decay, or a model without gates.
@@ -46,14 +48,13 @@ def param_groups(
         raise ValueError("the model has no gated layer; call sgtriton.patch(model) first")
     gates_by_lr: dict[float, list[nn.Parameter]] = {}
     for layer in layers:
-        if layer.gate.requires_grad:
-            rate = gate_lr
-            if rate is None:
-                rate = lr
-                if issubclass(optimizer, torch.optim.SGD):
-                    weights_per_gate = layer.weight.numel() / max(layer.gate.numel(), 1)
-                    rate = 10 * lr / math.sqrt(max(weights_per_gate, 1))
-            gates_by_lr.setdefault(rate, []).append(layer.gate)
+        rate = gate_lr
+        if rate is None:
+            rate = lr
+            if issubclass(optimizer, torch.optim.SGD):
+                weights_per_gate = layer.weight.numel() / max(layer.gate.numel(), 1)
+                rate = 10 * lr / math.sqrt(max(weights_per_gate, 1))
+        gates_by_lr.setdefault(rate, []).append(layer.gate)
     gate_ids = {id(layer.gate) for layer in layers}
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in gate_ids]
     groups: list[dict[str, Any]] = [{"params": others, "lr": lr, "weight_decay": weight_decay}]

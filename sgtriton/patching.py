@@ -22,9 +22,11 @@ from torch.nn.parameter import UninitializedTensorMixin  # pyright: ignore
 from torch.nn.utils.parametrize import ParametrizationList
 
 from .layers import (
+    ADDED_NAMES,
     GATED_TYPES,
     GatedModule,
     check_gate_options,
+    check_numbers,
     gate_layer,
     named_gated_layers,
     ungate_layer,
@@ -122,12 +124,20 @@ def unpatch(model: Model, fold: bool = False) -> Model:
     Args:
         model: patched model; changed in place.
         fold: multiply the gates into the weights, so that the dense model computes what the gated
-            one does in eval. ``False`` keeps the weights as they are, closed ones too.
+            one does in eval. ``False`` keeps the weights as they are, closed ones too; those of
+            frozen layers are 0.
 
     Returns:
         ``model``; without gates it is left as it is.
+
+    Raises:
+        ValueError: a NaN gate that would be folded in. The model is unchanged then.
     """
-    for name, layer in list(named_gated_layers(model)):
+    layers = list(named_gated_layers(model))
+    for name, layer in layers:
+        if fold:
+            check_numbers(name, layer)
+    for name, layer in layers:
         ungate_layer(layer, fold)
         log.info("%s: gates %s", name, "folded into the weight" if fold else "removed")
     restore_fast_paths(model)
@@ -224,6 +234,8 @@ def _why_not(
         return f"its weight is a {type(weight).__name__}"
     if weight.numel() == 0:
         return "it has no weights"
+    if own := [name for name in ADDED_NAMES if hasattr(module, name)]:
+        return f"it has an attribute {own[0]!r} of its own"
     if other := ties.get(f"{name}.weight".removeprefix(".")):
         return f"its weight is tied to {other}"
     return None

@@ -11,7 +11,7 @@ from sgtriton_kernels.blocks import Block
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
-from .layers import GatedModule
+from .layers import GatedModule, check_numbers
 from .patching import Skipped, find_layers
 from .sparse_layers import SparseModule
 from .stored import StoredWeight
@@ -122,8 +122,7 @@ def summary(model: nn.Module) -> Summary:
     layers = []
     for name, module in model.named_modules():
         if isinstance(module, GatedModule):
-            if torch.isnan(module.gate).any():
-                raise ValueError(f"{name or 'the model'}: gates must be numbers, got NaN")
+            check_numbers(name, module)
             stored = StoredWeight.from_gated(module.weight, module.open_gates(), module.layout)
             form = "gated, frozen" if module.frozen else "gated"
             reason = "gates alone save neither time nor memory; sparsify() does"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+import warnings
 
 import torch
 from sgtriton_kernels import bsr_linear
 from torch import nn
 
-from .layers import named_gated_layers
+from .layers import GatedModule, check_numbers, named_gated_layers
 from .patching import Model, leave_fast_paths
 from .sparse_layers import BUCKETS, SparseModule, sparsify_layer
 from .state import check_states_of
@@ -50,11 +51,18 @@ def sparsify(model: Model, form: str = "auto", dense_copy: bool = True) -> Model
         raise ValueError(
             "the model has no gated layer; call sgtriton.patch(model) and train it first"
         )
+    # all that can fail comes before the first layer changes
     stored = {name: stored_part(name, layer) for name, layer in layers.items()}
+    plans = {name: plan_forms(stored[name], layer.bias, form) for name, layer in layers.items()}
     for name, layer in layers.items():
         sparse = sparsify_layer(layer, stored[name], layer.gate_block, layer.gate_kind)
-        choose_forms(sparse, form, dense_copy)
+        sparse.set_forms(*plans[name], dense_copy)
         log.info("%s: density %.4f, %s", name, stored[name].density, sparse.form)
+    if empty := [name for name, part in stored.items() if part.density == 0]:
+        warnings.warn(
+            f"all gates of {', '.join(empty)} are closed: they give their bias whatever comes in",
+            stacklevel=2,
+        )
     leave_fast_paths(model)
     check_states_of(model)
     return model
@@ -68,40 +76,43 @@ def stored_part(name: str, layer: nn.Module) -> StoredWeight:
     """
     if isinstance(layer, SparseModule):
         return layer.stored
-    if torch.isnan(layer.gate).any():  # pyright: ignore
-        raise ValueError(f"{name or 'the model'}: gates must be numbers, got NaN")
-    return StoredWeight.from_gated(layer.weight, layer.open_gates(), layer.layout)  # pyright: ignore
+    assert isinstance(layer, GatedModule)
+    check_numbers(name, layer)
+    return StoredWeight.from_gated(layer.weight, layer.open_gates(), layer.layout)
 
 
 @torch.no_grad()
-def choose_forms(layer: SparseModule, form: str = "auto", dense_copy: bool = True) -> None:
-    """Set the forms of a sparse layer: as told, or the faster one for each bucket of M."""
-    if layer.layout.per_weight or not layer.can_multiply_blocks:
-        why = "per-weight gates" if layer.layout.per_weight else "convolutions"
-        _set_all(layer, "dense", f"{why} are computed dense", dense_copy)
-    elif form != "auto":
-        _set_all(layer, form, "as asked for", dense_copy)
-    else:
-        forms, speedups = {}, []
-        weight, bias = layer.stored.to_dense(), layer.bias
-        if bias is not None:
-            bias = bias.to(weight.dtype)  # they may differ in a model for autocast
-        random = torch.Generator(weight.device).manual_seed(0)  # the user's generator stays
-        for bucket, rows in _ROWS.items():
-            x = torch.randn(rows, weight.shape[1], device=weight.device, generator=random)
-            x = x.to(weight.dtype)
-            sparse_ms, dense_ms = interleaved_ms(
-                [
-                    lambda x=x: bsr_linear(x, layer.matrix, bias),
-                    lambda x=x: nn.functional.linear(x, weight, bias),
-                ],
-                weight.device,
-                seconds=0.05,
-            )
-            forms[bucket] = "sparse" if sparse_ms < _MARGIN * dense_ms else "dense"
-            speedups.append(f"{dense_ms / sparse_ms:.2g}x at M={rows}")
-        layer.set_forms(forms, f"sparse against dense: {', '.join(speedups)}", dense_copy)
+def plan_forms(
+    stored: StoredWeight, bias: torch.Tensor | None, form: str = "auto"
+) -> tuple[dict[str, str], str]:
+    """The form for each bucket of M, and why: as told, or the faster one on this machine.
 
-
-def _set_all(layer: SparseModule, form: str, reason: str, dense_copy: bool) -> None:
-    layer.set_forms(dict.fromkeys(BUCKETS, form), reason, dense_copy)
+    Args:
+        stored: the open weights, on the device and in the dtype in which they will be served.
+        bias: of the layer.
+        form: ``"auto"`` | ``"sparse"`` | ``"dense"``.
+    """
+    if stored.matrix is None or len(stored.layout.weight_shape) != 2:
+        what = "convolutions" if len(stored.layout.weight_shape) > 2 else "per-weight gates"
+        return dict.fromkeys(BUCKETS, "dense"), f"{what} are computed dense"
+    if form != "auto":
+        return dict.fromkeys(BUCKETS, form), "as asked for"
+    forms, speedups = {}, []
+    weight, matrix = stored.to_dense(), stored.matrix
+    if bias is not None:
+        bias = bias.to(weight.dtype)  # they may differ in a model for autocast
+    random = torch.Generator(weight.device).manual_seed(0)  # the user's generator stays
+    for bucket, rows in _ROWS.items():
+        x = torch.randn(rows, weight.shape[1], device=weight.device, generator=random)
+        x = x.to(weight.dtype)
+        sparse_ms, dense_ms = interleaved_ms(
+            [
+                lambda x=x: bsr_linear(x, matrix, bias),
+                lambda x=x: nn.functional.linear(x, weight, bias),
+            ],
+            weight.device,
+            seconds=0.05,
+        )
+        forms[bucket] = "sparse" if sparse_ms < _MARGIN * dense_ms else "dense"
+        speedups.append(f"{dense_ms / sparse_ms:.2g}x at M={rows}")
+    return forms, f"sparse against dense: {', '.join(speedups)}"

@@ -66,7 +66,7 @@ def worker(rank: int, folder: str) -> None:
 
     for sync_noise in (False, True):
         model = make_model("bernoulli", sync_noise)
-        torch.manual_seed(10 + rank)
+        torch.manual_seed(10)  # ranks often share a seed
         layer = next(gated_layers(model))
         assert all_equal((layer.gated_weight() != 0).float()) == sync_noise
 

@@ -98,7 +98,7 @@ def test_gate_weight_takes_any_layout_of_weight_and_gradient(shape, block, group
     for name, view in layouts(w).items():
         view.requires_grad_()
         out = gate_weight(view, gate, block, groups=groups, impl=impl)
-        assert out.is_contiguous()
+        assert out.stride() == torch.empty_like(view).stride()
         assert_exact(f"out, w {name}", out, w * expand_gates(gate > 0.5, layout))
         for dname, dout in douts.items():
             dw, dgate = torch.autograd.grad(out, (view, gate), dout, retain_graph=True)

@@ -242,13 +242,16 @@ def test_rates_under_sgd_follow_the_weights_per_gate():
     assert [group["lr"] for group in fixed] == [0.01, 0.5]
 
 
-def test_frozen_gates_are_in_no_group():
+def test_optimizer_state_saved_after_the_freeze_loads_into_a_new_optimizer():
     model = make_model()
+    optimizer = torch.optim.Adam(sgtriton.param_groups(model, 0.1))
     for layer in gated_layers(model):
         layer.freeze()
-    groups = sgtriton.param_groups(model, 0.1)
-    assert len(groups) == 1
-    assert not {id(p) for p in groups[0]["params"]} & {id(gate) for gate in gates_of(model)}
+    saved = optimizer.state_dict()
+    resumed = torch.optim.Adam(sgtriton.param_groups(model, 0.1))
+    resumed.load_state_dict(saved)
+    groups = [{id(p) for p in group["params"]} for group in resumed.param_groups]
+    assert groups[1] == {id(gate) for gate in gates_of(model)}
 
 
 @pytest.mark.parametrize(

@@ -105,8 +105,7 @@ def test_conv_computes_what_the_gated_layer_does(make, block, shape, dtype):
     sgtriton.sparsify(model)
     assert type(model[0]) in (BlockSparseConv1d, BlockSparseConv2d)
     assert model[0].form == "dense"
-    why = "per-weight gates are" if block == (1, 1) else "convolutions are"
-    assert model[0].reason == f"{why} computed dense"
+    assert model[0].reason == "convolutions are computed dense"
     assert_exact("out", model(x), out)
 
 

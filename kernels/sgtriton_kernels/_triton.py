@@ -5,13 +5,14 @@ What runs a kernel is asked here too: Triton's interpreter, its CPU compiler, or
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from typing import Any
 
 import torch
 
-__all__ = ["INTERPRETED", "tl", "triton", "why_not_triton"]
+__all__ = ["INTERPRETED", "device_of", "tl", "triton", "why_not_triton"]
 
 try:
     import triton
@@ -62,6 +63,15 @@ def _compiles_for_cpu() -> bool:
         return triton.runtime.driver.active.get_current_target().backend == "cpu"
     except Exception:  # no driver at all
         return False
+
+
+def device_of(t: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Launch kernels on ``t`` inside this: Triton takes the current device, not the tensor's."""
+    if t.device.type == "cuda":
+        return torch.cuda.device(t.device)
+    if t.device.type == "xpu":
+        return torch.xpu.device(t.device)
+    return contextlib.nullcontext()
 
 
 def why_not_triton(device: torch.device) -> str | None:

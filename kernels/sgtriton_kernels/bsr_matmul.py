@@ -19,7 +19,7 @@ from torch.utils.flop_counter import register_flop_formula
 from ._bf16 import round_to_bf16, soft_bf16
 from ._impl import resolve_impl
 from ._ops import add_op_namespace_prefix
-from ._triton import tl, triton
+from ._triton import device_of, tl, triton
 from .bsr import BlockSparse
 from .tiles import MAX_BLOCK_N, Tile, tile_for_bsr_linear
 
@@ -249,25 +249,26 @@ def _bsr_linear_fwd(
     stride_xm, stride_xk = x2.stride() if m > 1 else (k, x2.stride(1))
     block_n = min(bn, MAX_BLOCK_N)
     grid = (triton.cdiv(m, tile.BLOCK_M) * len(row_order) * (bn // block_n),)
-    _bsr_linear_fwd_kernel[grid](
-        x2,
-        values,
-        crow, col, row_order,
-        None if bias is None else bias.contiguous(),
-        out,
-        m, n, k,
-        stride_xm, stride_xk,
-        *out.stride(),
-        HAS_BIAS=bias is not None,
-        ACTIVATION=activation,
-        ALIGNED_K=stride_xk == 1 and stride_xm % 16 == 0 and k % 16 == 0,
-        ALIGNED_N=n % 16 == 0,
-        SOFT_BF16=soft_bf16(x2.dtype, x2.device),
-        PRECISION=_dot_precision(),
-        BN=bn, BK=bk,
-        BLOCK_M=tile.BLOCK_M, BLOCK_N=block_n, BLOCK_K=min(tile.BLOCK_K, bk),
-        num_stages=tile.num_stages, num_warps=tile.num_warps,  # pyright: ignore
-    )  # fmt: skip
+    with device_of(x2):
+        _bsr_linear_fwd_kernel[grid](
+            x2,
+            values,
+            crow, col, row_order,
+            None if bias is None else bias.contiguous(),
+            out,
+            m, n, k,
+            stride_xm, stride_xk,
+            *out.stride(),
+            HAS_BIAS=bias is not None,
+            ACTIVATION=activation,
+            ALIGNED_K=stride_xk == 1 and stride_xm % 16 == 0 and k % 16 == 0,
+            ALIGNED_N=n % 16 == 0,
+            SOFT_BF16=soft_bf16(x2.dtype, x2.device),
+            PRECISION=_dot_precision(),
+            BN=bn, BK=bk,
+            BLOCK_M=tile.BLOCK_M, BLOCK_N=block_n, BLOCK_K=min(tile.BLOCK_K, bk),
+            num_stages=tile.num_stages, num_warps=tile.num_warps,  # pyright: ignore
+        )  # fmt: skip
     return out
 
 

@@ -24,7 +24,7 @@ import torch
 from ._bf16 import round_to_bf16, soft_bf16
 from ._impl import resolve_impl
 from ._ops import add_op_namespace_prefix
-from ._triton import INTERPRETED, tl, triton
+from ._triton import INTERPRETED, device_of, tl, triton
 from .blocks import Block, GateLayout, expand_gates, gate_layout, sum_blocks
 
 GATE_KINDS = ("threshold", "bernoulli")
@@ -57,8 +57,9 @@ def gate_weight(
         impl: ``"triton"`` | ``"torch"``; chosen by the device if ``None``.
 
     Returns:
-        Shape of ``w``, ``dtype``, contiguous. Backward gives ``dw`` in ``w``'s dtype and ``dgate``
-        in fp32.
+        Shape of ``w``, ``dtype``, strides of ``w`` where it fills its memory (a transposed or
+        channels-last weight stays that). Backward gives contiguous ``dw`` in ``w``'s dtype and
+        ``dgate`` in fp32.
 
     Raises:
         ValueError: shapes, dtypes, devices, block or kind that do not fit.
@@ -236,29 +237,33 @@ def _is_open(gate, gate_offs, seed_ptr, BERNOULLI: tl.constexpr):
 
 
 def _fwd_triton(w, gate, seed, layout: GateLayout, dtype) -> torch.Tensor:
+    like = torch.empty_like(w, dtype=dtype)
     w, gate = _for_kernel(w, layout).contiguous(), gate.contiguous()
     out = torch.empty(w.shape, dtype=_kernel_dtype(dtype, layout, w.device), device=w.device)
     if not w.numel():
-        return out.to(dtype)
+        return like
     seed_ptr, bernoulli = (gate, False) if seed is None else (seed, True)
-    if layout.per_weight:
-        block = _flat_block(w.device)
-        _gate_weight_fwd_kernel[(triton.cdiv(w.numel(), block),)](
-            w, gate, seed_ptr, out, w.numel(),
-            BERNOULLI=bernoulli, SOFT_BF16=soft_bf16(out.dtype, w.device), BLOCK=block,
-        )  # fmt: skip
-    else:
-        _gate_weight_fwd_block_kernel[(gate.numel(),)](
-            w, gate, seed_ptr, out, *_block_sizes(layout),
-            BERNOULLI=bernoulli, SOFT_BF16=soft_bf16(out.dtype, w.device),
-            **_block_tile(layout, w.device),
-        )  # fmt: skip
-    return out.to(dtype)
+    with device_of(w):
+        if layout.per_weight:
+            block = _flat_block(w.device)
+            _gate_weight_fwd_kernel[(triton.cdiv(w.numel(), block),)](
+                w, gate, seed_ptr, out, w.numel(),
+                BERNOULLI=bernoulli, SOFT_BF16=soft_bf16(out.dtype, w.device), BLOCK=block,
+            )  # fmt: skip
+        else:
+            _gate_weight_fwd_block_kernel[(gate.numel(),)](
+                w, gate, seed_ptr, out, *_block_sizes(layout),
+                BERNOULLI=bernoulli, SOFT_BF16=soft_bf16(out.dtype, w.device),
+                **_block_tile(layout, w.device),
+            )  # fmt: skip
+    same = out.dtype == dtype and out.stride() == like.stride()
+    return out if same else like.copy_(out)
 
 
 def _bwd_triton(dout, w, gate, seed, layout: GateLayout, need_dgate: bool):
     if not need_dgate:  # then dW = D * b is the forward product
-        return _fwd_triton(dout, gate, seed, layout, w.dtype), gate.new_empty(0)
+        dw = _fwd_triton(dout.contiguous(), gate, seed, layout, w.dtype)
+        return dw, gate.new_empty(0)
     dtype = w.dtype
     dout, w = _for_kernel(dout, layout).contiguous(), _for_kernel(w, layout).contiguous()
     gate = gate.contiguous()
@@ -266,18 +271,19 @@ def _bwd_triton(dout, w, gate, seed, layout: GateLayout, need_dgate: bool):
     if not w.numel():
         return dw.to(dtype), dgate.zero_()
     seed_ptr, bernoulli = (gate, False) if seed is None else (seed, True)
-    if layout.per_weight:
-        block = _flat_block(w.device)
-        _gate_weight_bwd_kernel[(triton.cdiv(w.numel(), block),)](
-            dout, w, gate, seed_ptr, dw, dgate, w.numel(),
-            BERNOULLI=bernoulli, SOFT_BF16=soft_bf16(dw.dtype, w.device), BLOCK=block,
-        )  # fmt: skip
-    else:
-        _gate_weight_bwd_block_kernel[(gate.numel(),)](
-            dout, w, gate, seed_ptr, dw, dgate, *_block_sizes(layout),
-            BERNOULLI=bernoulli, SOFT_BF16=soft_bf16(dw.dtype, w.device),
-            **_block_tile(layout, w.device),
-        )  # fmt: skip
+    with device_of(w):
+        if layout.per_weight:
+            block = _flat_block(w.device)
+            _gate_weight_bwd_kernel[(triton.cdiv(w.numel(), block),)](
+                dout, w, gate, seed_ptr, dw, dgate, w.numel(),
+                BERNOULLI=bernoulli, SOFT_BF16=soft_bf16(dw.dtype, w.device), BLOCK=block,
+            )  # fmt: skip
+        else:
+            _gate_weight_bwd_block_kernel[(gate.numel(),)](
+                dout, w, gate, seed_ptr, dw, dgate, *_block_sizes(layout),
+                BERNOULLI=bernoulli, SOFT_BF16=soft_bf16(dw.dtype, w.device),
+                **_block_tile(layout, w.device),
+            )  # fmt: skip
     return dw.to(dtype), dgate
 
 
@@ -320,7 +326,7 @@ def _native(device: torch.device) -> bool:
 
 def _fwd_torch(w, gate, seed, layout: GateLayout, dtype) -> torch.Tensor:
     is_open = expand_gates(_mask(gate, seed), layout)
-    return torch.where(is_open, w, w.new_zeros(())).to(dtype).contiguous()
+    return torch.empty_like(w, dtype=dtype).copy_(w).masked_fill_(~is_open, 0)
 
 
 def _bwd_torch(dout, w, gate, seed, layout: GateLayout, need_dgate: bool):
@@ -355,7 +361,7 @@ def _gate_weight_op(
 
 @_gate_weight_op.register_fake
 def _(w, gate, seed, bn, bk, groups, dtype, impl):
-    return torch.empty(w.shape, dtype=dtype, device=w.device)
+    return torch.empty_like(w, dtype=dtype)
 
 
 @torch.library.custom_op(add_op_namespace_prefix("gate_weight_bwd"), mutates_args=())
