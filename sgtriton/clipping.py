@@ -53,6 +53,12 @@ def watch(observer: Observer) -> None:
         _observers.add(observer)
 
 
+def observers() -> list[Observer]:
+    """Those that watch."""
+    with _lock:
+        return list(_observers)
+
+
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if not _gated_modules:
         return
@@ -80,7 +86,7 @@ def _warn_of_decay(optimizer: Optimizer, gate_ids: set[int]) -> None:
                 f"weight_decay={group['weight_decay']} acts on gates and closes them whatever they "
                 "are worth; build the optimizer from sgtriton.param_groups(model, lr, "
                 "weight_decay), which keeps gates out of it",
-                stacklevel=5,  # the caller of `optimizer.step()`
+                stacklevel=4,  # the caller of `optimizer.step()`
             )
             return
 

@@ -11,9 +11,10 @@ ramp starts, so that it depends neither on the loss's scale nor on that of the w
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,8 @@ from torch import nn
 from . import clipping
 from .layers import GatedModule, check_numbers, named_gated_layers
 from .projection import TOLERANCE, choose_open, largest_block_share, lowest_density
+
+log = logging.getLogger(__name__)
 
 _CHECK_EVERY = 100  # steps between looks at the statistics, which wait for the device
 _FIRST_CHECK = 10
@@ -142,6 +145,7 @@ class SparsityController:
         self.ramp, self.freeze_at, self.allow_empty = tuple(ramp), float(freeze_at), allow_empty
         self._layers = _layers_of(model)
         layers = list(self._layers.values())
+        self._check_gates()
         _check_reachable(layers, target, allow_empty)
 
         self._cover = _coverages(layers)
@@ -271,10 +275,22 @@ class SparsityController:
         self._check_gates()
         layers = self._gated()
         masks = choose_open(layers, 1 - self.target, self.allow_empty)
+        opened = closed = 0
         for layer, mask in zip(layers, masks, strict=True):
+            was_open = layer.open_gates()
+            opened += int((mask & ~was_open).sum())
+            closed += int((was_open & ~mask).sum())
             layer.gate.copy_(mask)
             layer.freeze()
         self._last = None
+        sparsity = 1 - self._measure().density.item()
+        said = (
+            f"gates frozen at sparsity {sparsity:.4f}, target {self.target}: {closed} that were "
+            f"open are closed, {opened} that were closed are open"
+        )
+        log.info(said)
+        if abs(sparsity - self.target) > TOLERANCE:
+            warnings.warn(f"{said}; smaller blocks land closer", stacklevel=3)
 
     def thaw(self) -> None:
         """Let frozen gates train again; they freeze again by :meth:`freeze` only.
@@ -425,13 +441,25 @@ class SparsityController:
             warnings.warn(
                 f"no gate has moved in {_FIRST_CHECK} steps; is `gate` in the optimizer? "
                 "Make it after patch(), for instance from sgtriton.param_groups(model, lr)",
-                stacklevel=3,
+                stacklevel=4,
             )
 
     def _check_gates(self) -> None:
         self._gated()
         for name, layer in self._layers.items():
             check_numbers(name, layer)
+
+
+def unfinished(layers: Iterable[nn.Module]) -> SparsityController | None:
+    """A controller that is alive, controls one of ``layers`` and has not frozen its gates."""
+    ids = set(map(id, layers))
+    for observer in clipping.observers():
+        if isinstance(observer, SparsityController):
+            own = observer._layers.values()
+            ours = any(id(layer) in ids for layer in own)
+            if ours and not all(layer.frozen for layer in own if isinstance(layer, GatedModule)):
+                return observer
+    return None
 
 
 def _is_number(value: Any) -> bool:

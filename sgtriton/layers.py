@@ -339,8 +339,10 @@ def ungate_layer(layer: GatedModule, fold: bool) -> None:
 
 def check_numbers(name: str, layer: GatedModule) -> None:
     """Raise ``ValueError`` if a gate of the layer called ``name`` is NaN; waits for the device."""
-    if layer.gate.device.type != "meta" and torch.isnan(layer.gate).any():
-        raise ValueError(f"{name or 'the model'}: gates must be numbers, got NaN")
+    if layer.gate.device.type == "meta" or not torch.isnan(layer.gate).any():
+        return
+    first = torch.isnan(layer.gate).nonzero()[0].tolist()
+    raise ValueError(f"{name or 'the model'}: gates must be numbers, got NaN at gate{first}")
 
 
 def gated_layers(model: nn.Module) -> Iterator[GatedModule]:

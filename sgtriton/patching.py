@@ -119,10 +119,10 @@ def patch(
 
 
 def unpatch(model: Model, fold: bool = False) -> Model:
-    """Take the gates off a model again.
+    """Take the gates off a model again; sparse layers become dense ones, closed weights 0.
 
     Args:
-        model: patched model; changed in place.
+        model: patched or served model; changed in place.
         fold: multiply the gates into the weights, so that the dense model computes what the gated
             one does in eval. ``False`` keeps the weights as they are, closed ones too; those of
             frozen layers are 0.
@@ -133,10 +133,16 @@ def unpatch(model: Model, fold: bool = False) -> Model:
     Raises:
         ValueError: a NaN gate that would be folded in. The model is unchanged then.
     """
+    from .sparse_layers import SparseModule, densify_layer
+
     layers = list(named_gated_layers(model))
     for name, layer in layers:
         if fold:
             check_numbers(name, layer)
+    for name, module in model.named_modules():
+        if isinstance(module, SparseModule):
+            densify_layer(module)
+            log.info("%s: dense again", name)
     for name, layer in layers:
         ungate_layer(layer, fold)
         log.info("%s: gates %s", name, "folded into the weight" if fold else "removed")

@@ -33,11 +33,15 @@ def choose_open(
     """Choose the gates that stay open so that the open weights' share is nearest to ``density``.
 
     The largest gates stay; equal ones by the mean magnitude of their weights. Each layer keeps its
-    best gate unless ``allow_empty``; where these alone are too many, its smallest block.
+    best gate unless ``allow_empty``; where these alone are too many, layers keep a smaller open one
+    instead, and where that is more than the allowed error above ``density``, as few as possible a
+    smaller shut one. Where the ranking misses by
+    more than :data:`TOLERANCE`, gates that had opened fill the gap.
 
     Returns:
-        A bool mask per layer, in the gate's shape and on its device. The error is at most half the
-        share of the largest block, for any ``density`` of at least :func:`lowest_density`.
+        A bool mask per layer, in the gate's shape and on its device. The error is at most
+        :data:`TOLERANCE` or half the share of the largest block, for any ``density`` of at least
+        :func:`lowest_density`.
     """
     gates, sizes, magnitudes = [], [], []
     for layer in layers:
@@ -56,18 +60,49 @@ def choose_open(
     chosen = torch.zeros(gate.numel(), dtype=torch.bool)
     if not allow_empty:
         best = _first_of_each_layer(order, layer_of, len(layers))
-        if size[best].sum() > budget:
-            by_size = order[size[order].argsort(stable=True)]
-            best = _first_of_each_layer(by_size, layer_of, len(layers))
-        chosen[best] = True
+        is_open = order[gate[order] > 0.5]
+        best = _shrink(best, is_open, size, layer_of, budget)
+        # shut blocks take the place of a learned one only where the landing would miss by too much
+        most = budget + max(TOLERANCE * size.sum(), size.max() / 2)
+        chosen[_shrink(best, order, size, layer_of, most)] = True
     rest = order[~chosen[order]]
     reached = torch.cat([torch.zeros(1, dtype=torch.float64), size[rest].cumsum(0)])
     reached += size[chosen].sum()
     chosen[rest[: int((reached - budget).abs().argmin())]] = True
+    while (gap := budget - size[chosen].sum()) > TOLERANCE * size.sum():
+        opened = order[~chosen[order] & (gate[order] > 0.5) & (size[order] < 2 * gap)]
+        if not len(opened):
+            break
+        chosen[opened[(size[opened] - gap).abs().argmin()]] = True
     return [
         mask.reshape(layer.gate.shape).to(layer.gate.device)
         for mask, layer in zip(chosen.split(counts), layers, strict=True)
     ]
+
+
+def _shrink(
+    best: torch.Tensor,
+    candidates: torch.Tensor,
+    size: torch.Tensor,
+    layer_of: torch.Tensor,
+    most: torch.Tensor,
+) -> torch.Tensor:
+    """Exchange the one gate a layer keeps for a smaller one until they all cover ``most`` or less.
+
+    A layer's learned block is often all it has, so few are exchanged: one whose exchange is enough,
+    by the smallest step that is; else the one that saves most, and so on.
+    """
+    best = best.clone()
+    while (over := size[best].sum() - most) > 0:
+        saving = size[best][layer_of[candidates]] - size[candidates]
+        if not (saving > 0).any():
+            break
+        enough = saving >= over
+        if enough.any():
+            saving = torch.where(enough, -saving, -torch.inf)
+        pick = candidates[saving.argmax()]  # of equal ones the first in rank
+        best[layer_of[pick]] = pick
+    return best
 
 
 def _first_of_each_layer(order: torch.Tensor, layer_of: torch.Tensor, layers: int) -> torch.Tensor:

@@ -95,10 +95,10 @@ class Summary:
             lines.append(
                 f"\n{closed}, {self.sparsity_of_all:.2%} of all {self.parameters:,} parameters"
             )
-        lines += [
-            _wrap(f"{layer.name}: {_dead(layer)}{layer.form}: {layer.reason}")
-            for layer in self.layers
-        ]
+        said: dict[str, list[str]] = {}
+        for layer in self.layers:
+            said.setdefault(f"{_dead(layer)}{layer.form}: {layer.reason}", []).append(layer.name)
+        lines += [_wrap(f"{', '.join(names)}: {text}") for text, names in said.items()]
         copies = sum(layer.bytes_copy for layer in self.layers)
         if copies:
             lines.append(f"dense copies kept for the dense form: {_size(copies)}")

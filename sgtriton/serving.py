@@ -9,6 +9,7 @@ import torch
 from sgtriton_kernels import bsr_linear
 from torch import nn
 
+from .control import unfinished
 from .layers import GatedModule, check_numbers, named_gated_layers
 from .patching import Model, leave_fast_paths
 from .sparse_layers import BUCKETS, SparseModule, sparsify_layer
@@ -51,6 +52,7 @@ def sparsify(model: Model, form: str = "auto", dense_copy: bool = True) -> Model
         raise ValueError(
             "the model has no gated layer; call sgtriton.patch(model) and train it first"
         )
+    controller = unfinished(layers.values())
     # all that can fail comes before the first layer changes
     stored = {name: stored_part(name, layer) for name, layer in layers.items()}
     plans = {name: plan_forms(stored[name], layer.bias, form) for name, layer in layers.items()}
@@ -58,6 +60,15 @@ def sparsify(model: Model, form: str = "auto", dense_copy: bool = True) -> Model
         sparse = sparsify_layer(layer, stored[name], layer.gate_block, layer.gate_kind)
         sparse.set_forms(*plans[name], dense_copy)
         log.info("%s: density %.4f, %s", name, stored[name].density, sparse.form)
+    if controller is not None:
+        now = 1 - sum(p.density * p.weights for p in stored.values()) / sum(
+            p.weights for p in stored.values()
+        )
+        warnings.warn(
+            f"the gates were not frozen yet: the model is served at sparsity {now:.4f}, the target "
+            f"of its controller is {controller.target}",
+            stacklevel=2,
+        )
     if empty := [name for name, part in stored.items() if part.density == 0]:
         warnings.warn(
             f"all gates of {', '.join(empty)} are closed: they give their bias whatever comes in",

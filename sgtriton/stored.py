@@ -6,6 +6,7 @@ gates: one bit per weight and the weights that are kept.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -114,6 +115,11 @@ class StoredWeight:
         row, col = matrix.row[: matrix.nnz], matrix.col[matrix.perm]
         pattern[row, col] = True
         return pattern_to_gates(pattern, self.layout)
+
+    @property
+    def weights(self) -> int:
+        """Number of weights of the layer, closed ones included."""
+        return math.prod(self.layout.weight_shape)
 
     @property
     def density(self) -> float:

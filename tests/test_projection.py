@@ -30,23 +30,16 @@ def reached(layers, masks):
     return kept / sum(layer.weight.numel() for layer in layers)
 
 
-def kept_anyway(layers, density, allow_empty):
-    """What each layer keeps: nothing, its best gate, or its smallest block."""
+def kept_anyway(layers, allow_empty):
+    """What each layer keeps: nothing, or its best gate."""
     if allow_empty:
         return [torch.zeros_like(layer.gate, dtype=torch.bool) for layer in layers]
-    best = [layer.gate == layer.gate.max() for layer in layers]
-    if reached(layers, best) <= density:
-        return best
-    masks = []
-    for layer in layers:
-        smallest = coverage(layer.layout) == coverage(layer.layout).min()
-        masks.append(smallest & (layer.gate == layer.gate[smallest].max()))
-    return masks
+    return [layer.gate == layer.gate.max() for layer in layers]
 
 
 def brute_force(layers, density, allow_empty):
     """Error of the best threshold on all gates, by trying each."""
-    kept = kept_anyway(layers, density, allow_empty)
+    kept = kept_anyway(layers, allow_empty)
     gates = torch.cat([layer.gate.detach().reshape(-1) for layer in layers])
     errors = []
     for cut in [*gates.tolist(), 2.0]:
@@ -61,10 +54,16 @@ def brute_force(layers, density, allow_empty):
 def test_choice_is_the_best_of_all_thresholds(block, density, allow_empty):
     layers = gated((5, 7), (3, 5), (4, 2, 3), block=block)
     masks = choose_open(layers, density, allow_empty)
-    error = abs(reached(layers, masks) - density)
-    assert error == pytest.approx(brute_force(layers, density, allow_empty), abs=1e-12)
+    error, by_rank = (
+        abs(reached(layers, masks) - density),
+        brute_force(layers, density, allow_empty),
+    )
+    assert error <= by_rank + 1e-12
+    if error < by_rank - 1e-12:
+        assert by_rank > TOLERANCE  # only then the gap is filled out of rank
+        return
     # a gate that is open is larger than each that is closed, unless its layer keeps it anyway
-    kept = kept_anyway(layers, density, allow_empty)
+    kept = kept_anyway(layers, allow_empty)
     closed = [layer.gate[~mask] for layer, mask in zip(layers, masks, strict=True)]
     highest = max([0.0, *torch.cat(closed).tolist()])
     for layer, mask, own in zip(layers, masks, kept, strict=True):
@@ -72,7 +71,7 @@ def test_choice_is_the_best_of_all_thresholds(block, density, allow_empty):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_error_is_the_smallest_that_ranked_gates_can_reach(seed):
+def test_error_is_no_larger_than_ranked_gates_can_reach(seed):
     """Against every subset of a small case: no ranked choice is nearer."""
     layers = gated((3, 4), (2, 3), block=(2, 2), seed=seed)
     density = 0.2 + 0.15 * seed
@@ -89,7 +88,7 @@ def test_error_is_the_smallest_that_ranked_gates_can_reach(seed):
         ]
         best.append(abs(reached(layers, shaped) - density))
     error = abs(reached(layers, choose_open(layers, density, True)) - density)
-    assert error == pytest.approx(min(best), abs=1e-12)
+    assert error <= min(best) + 1e-12
 
 
 def random_layouts(count):
@@ -171,7 +170,39 @@ def test_layer_keeps_its_best_block_or_its_smallest_where_that_is_too_much():
     with torch.no_grad():
         ragged.gate.copy_(torch.tensor([[1.0, 0.9], [0.8, 0.1]]))
     (mask,) = choose_open([ragged], 1 / 81, False)
-    assert mask.tolist() == [[False, False], [False, True]]
+    assert mask.tolist() == [[False, True], [False, False]]  # the best of those that fit
+
+
+def test_freezing_does_not_exchange_learned_blocks_for_shut_ones():
+    """A layer's one open block stays while the landing may be above the target by that much."""
+    layers = gated((53, 37), (53, 53), (11, 53), block=(32, 32))
+    patterns = [[[1, 0], [0, 0]], [[0, 0], [1, 0]], [[0, 1]]]
+    with torch.no_grad():
+        for layer, pattern in zip(layers, patterns, strict=True):
+            layer.gate.copy_(torch.tensor(pattern) * 0.8 + 0.1)
+    for density in (0.3, 0.35, 0.4):  # the three blocks are 36 % of the weights
+        masks = choose_open(layers, density, False)
+        for layer, mask in zip(layers, masks, strict=True):
+            assert mask[layer.gate > 0.5].all(), density
+
+
+def test_as_few_layers_as_possible_lose_their_learned_block():
+    layers = gated((9, 9), (9, 9), (9, 9), block=(8, 8))  # blocks of 64, 8, 8 and 1 weights
+    with torch.no_grad():
+        for layer in layers:
+            layer.gate.copy_(torch.tensor([[1.0, 0.1], [0.2, 0.3]]))
+    masks = choose_open(layers, 100 / 243, False)  # at most 132 of the 192 that they opened
+    kept = [mask[0, 0].item() for mask in masks]
+    assert sorted(kept) == [False, True, True]
+    assert reached(layers, masks) <= 132 / 243
+
+
+def test_gap_is_filled_with_gates_that_had_opened():
+    (layer,) = gated((9, 9), block=(8, 8))
+    with torch.no_grad():
+        layer.gate.copy_(torch.tensor([[0.8, 0.7], [0.9, 0.1]]))  # 64, 8; 8, 1
+    (mask,) = choose_open([layer], 18 / 81, False)
+    assert mask.tolist() == [[False, True], [True, False]]
 
 
 def test_lowest_density_counts_the_smallest_block_of_each_layer():
