@@ -45,6 +45,9 @@ $(VENV)/.%: pyproject.toml constraints.txt | $(VENV)/bin/python
 $(VENV_NATIVE)/.test: pyproject.toml constraints.txt | $(VENV_NATIVE)/bin/python
 	$(VENV_NATIVE)/bin/python $(PIP_INSTALL) --constraint constraints.txt \
 	    torch numpy safetensors packaging filelock pytest pytest-timeout pytest-xdist hypothesis
+	# a CUDA build of torch brings the other Triton: out with it, and with what the two mixed
+	if $(VENV_NATIVE)/bin/python -m pip show --quiet triton 2>/dev/null; then \
+	    $(VENV_NATIVE)/bin/python -m pip uninstall --quiet --yes triton fbtriton; fi
 	$(VENV_NATIVE)/bin/python $(PIP_INSTALL) fbtriton==3.8.0rc3
 	touch $@
 

@@ -83,8 +83,12 @@ def _run(arguments: argparse.Namespace) -> int:
     done = read(arguments.out)
     for seed in range(arguments.seeds):
         for cell in CELLS:
-            key = (arguments.model, digits.dataset, cell.gate, cell.block, cell.target, seed)
-            if any((r.model, r.dataset, r.gate, r.block, r.target, r.seed) == key for r in done):
+            where = (arguments.model, digits.dataset, seed, arguments.epochs)
+            if any(
+                (r.model, r.dataset, r.seed, r.epochs) == where
+                and Cell(r.gate, r.block, r.target) == cell
+                for r in done
+            ):
                 continue
             row = measure(arguments.model, digits, cell, seed, arguments.epochs)
             append(arguments.out, row)
@@ -110,8 +114,10 @@ def measure(name: str, digits: Digits, cell: Cell, seed: int, epochs: int) -> Ro
         controller = sgtriton.SparsityController(
             model, target=cell.target, steps=steps_for(digits, epochs)
         )
-    train(model, digits, epochs, seed, controller)
-    torch.set_num_threads(threads)
+    try:
+        train(model, digits, epochs, seed, controller)
+    finally:
+        torch.set_num_threads(threads)
     summary = sgtriton.summary(model)
     return Row(
         model=name,
@@ -158,8 +164,9 @@ def append(path: Path, row: Row) -> None:
 
 
 def _commit() -> str:
+    """The commit that was measured, marked where tracked files differ from it."""
     out = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
+        ["git", "describe", "--always", "--dirty", "--exclude=*"],
         cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
     )  # fmt: skip
     return out.stdout.strip() or "unknown"

@@ -42,9 +42,23 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader has gone; keep Python from complaining at its exit, too
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _FAILED
-    except (ValueError, OSError) as error:
+    except Exception as error:
+        if _was_interrupted(error):
+            print("\nsgtriton: interrupted", file=sys.stderr)
+            return _INTERRUPTED
+        if not isinstance(error, (ValueError, OSError)):
+            raise
         print(f"sgtriton: error: {' '.join(str(error).split())}", file=sys.stderr)
         return _BAD_INPUT
+
+
+def _was_interrupted(error: BaseException | None) -> bool:
+    """Whether an interrupt is behind an error: one in the middle of an import turns into others."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def parse_block(text: str) -> tuple[int | None, int | None]:

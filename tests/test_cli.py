@@ -132,7 +132,8 @@ def test_ctrl_c_while_training_exits_130_without_traceback(tmp_path):
         _, err = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == 130
+    # Python dies of the signal itself where it met code that was being executed by an import
+    assert process.returncode in (130, -signal.SIGINT)
     assert "Traceback" not in err
     assert err.rstrip().endswith("sgtriton: interrupted")
 

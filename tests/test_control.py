@@ -413,3 +413,30 @@ def test_gate_penalty_alone_closes_gates():
 def test_gate_penalty_refuses_lambdas_that_are_no_weights(name, value):
     with pytest.raises(ValueError, match=f"{name} must be finite and >= 0"):
         gate_penalty(sgtriton.patch(make_model()), **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("count", "x"), ("count", -1), ("frozen", 1), ("multiplier", "x"),
+        ("multiplier", float("nan")), ("unit", [1.0]), ("mask", [1]), ("first_mean", "x"),
+    ],
+)  # fmt: skip
+def test_damaged_state_is_refused_whole(field, value):
+    training = Training(steps=50)
+    training.run(10)
+    before = training.controller.state_dict()
+    with pytest.raises(ValueError, match=field):
+        training.controller.load_state_dict(before | {"count": 3, field: value})
+    after = training.controller.state_dict()
+    assert {k: v for k, v in after.items() if k != "mask"} == {
+        k: v for k, v in before.items() if k != "mask"
+    }
+
+
+def test_frozen_state_before_the_models_is_refused():
+    training = Training(steps=20)
+    training.run(20)
+    state = training.controller.state_dict()
+    with pytest.raises(ValueError, match="load the model's state first"):
+        Training(steps=20).controller.load_state_dict(state)

@@ -279,3 +279,34 @@ def test_gate_weight_kernels_compile_for(card, bernoulli):
 def test_draws_of_the_torch_implementation_never_reach_1():
     gate = torch.ones(1 << 16)
     assert binarise(gate, "bernoulli", torch.tensor([1])).all()
+
+
+@pytest.mark.parametrize("kind", ["cuda", "xpu"])
+def test_launches_take_the_tensors_device_not_the_current_one(kind, monkeypatch):
+    from types import SimpleNamespace
+
+    from sgtriton_kernels import _triton
+
+    entered = []
+    monkeypatch.setattr(getattr(torch, kind), "device", lambda device: entered.append(device))
+    _triton.device_of(SimpleNamespace(device=torch.device(kind, 1)))
+    assert entered == [torch.device(kind, 1)]
+
+
+def test_every_launch_lies_inside_the_guard():
+    import ast
+    from pathlib import Path
+
+    for path in Path(gate_module.__file__).parent.glob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        guarded = {
+            id(call)
+            for block in ast.walk(tree)
+            if isinstance(block, ast.With) and "device_of(" in ast.unparse(block.items[0])
+            for call in ast.walk(block)
+        }
+        for call in ast.walk(tree):
+            if isinstance(call, ast.Call) and isinstance(call.func, ast.Subscript):
+                name = ast.unparse(call.func.value)
+                if name.endswith("_kernel"):
+                    assert id(call) in guarded, f"{path.name}:{call.lineno}"

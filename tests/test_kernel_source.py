@@ -32,12 +32,34 @@ def test_masked_loads_say_what_fills_them(path):
     assert masked_loads_without_fill(path.read_text(encoding="utf-8")) == []
 
 
+def narrow_program_ids(source: str) -> list[int]:
+    """Line numbers of `tl.program_id` calls that are not widened to 64 bits at once."""
+    tree = ast.parse(source)
+    widened = {
+        id(node.func.value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr == "to"
+        and "tl.int64" in map(ast.unparse, node.args)
+    }
+    return [
+        node.lineno
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func) == "tl.program_id"
+        and id(node) not in widened
+    ]
+
+
+def test_the_check_finds_a_narrow_program_id():
+    source = "pid = tl.program_id(0)\nwide = tl.program_id(1).to(tl.int64)"
+    assert narrow_program_ids(source) == [1]
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
 def test_program_ids_are_widened_before_they_are_multiplied(path):
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
-            text = ast.unparse(node)
-            assert "tl.program_id" not in text or "tl.int64" in text, f"line {node.lineno}: {text}"
+    assert narrow_program_ids(path.read_text(encoding="utf-8")) == []
 
 
 def test_triton_is_imported_in_one_place():

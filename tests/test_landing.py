@@ -5,6 +5,7 @@ import torch
 from helpers import assert_exact
 from small_training import Training, allowed_error, sparsity
 
+import sgtriton
 from sgtriton.layers import gated_layers
 
 LANDINGS = [
@@ -107,3 +108,30 @@ def test_layers_of_two_kinds_are_driven_together():
     first.gate_kind = "threshold"
     training.run(60)
     assert abs(sparsity(training.model) - 0.7) <= allowed_error(training.model)
+
+
+def test_zero_grad_before_step_leaves_the_control_working():
+    """The controller looks at gradients inside the optimizer's step, not after it."""
+    training = Training(steps=200, target=0.7)
+    before = 1.0
+    while not training.controller.frozen:
+        before = training.controller.density
+        loss = (training.model(training.x) - training.y).square().mean()
+        (loss + training.controller.penalty()).backward()
+        training.optimizer.step()
+        training.optimizer.zero_grad()
+        training.controller.step()
+    assert abs(before - 0.3) <= 0.05
+
+
+def test_serving_before_the_gates_are_frozen_is_said():
+    training = Training(steps=100, target=0.7)
+    training.run(20)
+    with pytest.warns(UserWarning, match=r"not frozen yet.* target of its controller is 0\.7"):
+        sgtriton.sparsify(training.model)
+
+
+def test_freeze_says_a_miss_and_what_it_changed():
+    training = Training(block=(16, 16), steps=100, target=0.6)
+    with pytest.warns(UserWarning, match=r"frozen at sparsity 0\.\d+, target 0\.6: \d+ that were"):
+        training.controller.freeze()

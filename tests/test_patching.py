@@ -725,3 +725,40 @@ def test_exporting_the_effective_weight_does_not_change_the_model():
     weight.zero_()
     for name, t in model.state_dict().items():
         assert_close(name, t, before[name])
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+def test_patching_a_transposed_weight_changes_no_bit(batch):
+    model = nn.Linear(96, 64)
+    model.weight = nn.Parameter(torch.randn(96, 64).t())
+    x = torch.randn(batch, 96)
+    out = model(x)
+    assert torch.equal(sgtriton.patch(model, (4, 4))(x), out)
+
+
+def test_patching_keeps_a_channels_last_weight_channels_last():
+    model = nn.Conv2d(8, 16, 3).to(memory_format=torch.channels_last)
+    x = torch.randn(2, 8, 9, 9).to(memory_format=torch.channels_last)
+    out = model(x)
+    sgtriton.patch(model, (4, 4))
+    assert model.gated_weight().is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(model(x), out)
+
+
+def test_layer_with_a_name_that_ours_would_take_is_left_alone():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].gate = 3
+    model[0].register_buffer("bits", torch.zeros(2))
+    with pytest.warns(UserWarning, match="'bits' of its own.*'gate' of its own"):
+        sgtriton.patch(model)
+    assert model[1].gate == 3
+    assert all(type(layer) is nn.Linear for layer in model)
+
+
+def test_folding_nan_gates_is_refused_before_anything_changes():
+    model = sgtriton.patch(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), (2, 2))
+    with torch.no_grad():
+        model[1].gate[0, 1] = float("nan")
+    with pytest.raises(ValueError, match=r"^1: gates must be numbers, got NaN at gate\[0, 1\]"):
+        sgtriton.unpatch(model, fold=True)
+    assert all(type(layer) is sgtriton.GatedLinear for layer in model)

@@ -365,3 +365,27 @@ def test_no_gate_is_tracked_after_serving():
     layers = [model[0], model[2]]
     sgtriton.sparsify(model, form="dense")
     assert not any(layer in clipping._gated_modules for layer in layers)
+
+
+def test_failure_while_forms_are_chosen_leaves_the_model_whole(monkeypatch):
+    model = sgtriton.patch(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), (4, 4))
+    x = torch.randn(3, 8)
+    out = model(x)
+    monkeypatch.setenv("SGTRITON_IMPL", "foo")
+    with pytest.raises(ValueError, match="foo"):
+        sgtriton.sparsify(model)
+    monkeypatch.delenv("SGTRITON_IMPL")
+    assert all(type(layer) is sgtriton.GatedLinear for layer in model)
+    assert torch.equal(model(x), out)
+
+
+def test_served_model_gives_its_dense_layers_back():
+    model = sgtriton.patch(nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3)), (4, 4))
+    with torch.no_grad():
+        for layer in (model[0], model[2]):
+            layer.gate.uniform_()
+    x = torch.randn(3, 8)
+    out = sgtriton.sparsify(model.eval(), form="dense")(x)
+    sgtriton.unpatch(model)
+    assert [type(layer) for layer in model] == [nn.Linear, nn.ReLU, nn.Linear]
+    assert torch.equal(model(x), out)

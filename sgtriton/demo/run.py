@@ -7,6 +7,7 @@ import os
 import platform
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -163,13 +164,17 @@ def _run(settings: Settings, out: Path, say: Callable[[str], None], start: float
     digits = load_digits(settings.data)
     say(f"data    {digits.source}")
     epochs = settings.epochs or _epochs(settings.model, digits)
-    _gated(settings, digits, epochs)  # a target that cannot be reached is said before the wait
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        # a target that cannot be reached, or not closely, is said before the wait
+        gated, controller = _gated(settings, digits, epochs)
+    for warning in warned:
+        say(f"note    {warning.message}")
 
-    say(f"train   {settings.model}, {epochs} epochs dense, {epochs} gated, {_THREADS} thread")
+    say(f"train   {settings.model} dense, then gated; epochs each: {epochs}; threads: {_THREADS}")
     dense = make_model(settings.model, settings.seed)
     with Progress("dense", steps_for(digits, epochs)) as progress:
         dense_curve = train(dense, digits, epochs, settings.seed, on_step=progress.step)
-    gated, controller = _gated(settings, digits, epochs)
     with Progress("gated", steps_for(digits, epochs)) as progress:
         gated_curve = train(gated, digits, epochs, settings.seed, controller, progress.step)
     gated_logits = predict(gated, digits.test_x)
