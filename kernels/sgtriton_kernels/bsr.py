@@ -164,10 +164,11 @@ class BlockSparse:
     ) -> BlockSparse:
         """Wrap the tensors of a matrix that was validated before, with no check and no copy."""
         self = object.__new__(cls)
-        self.__dict__.update(
-            values=values, crow=crow, col=col, shape=shape,
-            ccol=ccol, row=row, perm=perm, row_order=row_order,
-        )  # fmt: skip
+        for name, value in (
+            ("values", values), ("crow", crow), ("col", col), ("shape", shape),
+            ("ccol", ccol), ("row", row), ("perm", perm), ("row_order", row_order),
+        ):  # fmt: skip
+            object.__setattr__(self, name, value)
         return self
 
     @property
