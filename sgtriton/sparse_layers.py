@@ -162,6 +162,18 @@ class SparseModule(nn.Module):
             self._copy_dense()
         super()._load_from_state_dict(state_dict, prefix, *args)
 
+    def _apply(self, fn, recurse=True):
+        before = {n: b for n in _INDEX if (b := self._buffers.get(n)) is not None}
+        super()._apply(fn, recurse)
+        if not all(_same_or_meta(old, self._buffers[name]) for name, old in before.items()):
+            # to_empty(): what the memory held is no index, and an index is an address to a kernel
+            weight = torch.zeros(self.weight_shape, dtype=self.values.dtype)
+            nothing = torch.zeros(self.layout.gate_shape, dtype=torch.bool)
+            empty = StoredWeight.from_gated(weight, nothing, self.layout)
+            self.store(stored_like(empty, self.values))
+            self._copy_dense()
+        return self
+
     def __setstate__(self, state):
         super().__setstate__(state)
         # a pickle is a door like any other: the index is checked, and what follows from it rebuilt
@@ -213,6 +225,7 @@ SPARSE_TYPES: dict[type[nn.Module], type[SparseModule]] = {
 }
 
 _DERIVED = ("ccol", "row", "perm", "row_order")
+_INDEX = ("crow", "col", "bits", *_DERIVED)
 
 _ATTRIBUTES = (
     "weight_shape", "gate_block", "gate_kind", "forms", "reason", "_dense_copy", "_only_dense",
@@ -225,6 +238,13 @@ def _remove_buffers(layer: SparseModule) -> None:
     for name in _OWN_BUFFERS:
         layer._buffers.pop(name, None)
     layer._non_persistent_buffers_set.difference_update(_OWN_BUFFERS)
+
+
+def _same_or_meta(old: torch.Tensor, new: torch.Tensor | None) -> bool:
+    """Whether a move kept an index; nothing is read of what has no memory."""
+    if new is None or new.device.type == "meta":
+        return True
+    return old.device.type != "meta" and torch.equal(old.cpu(), new.cpu())
 
 
 def bucket_of(rows: int) -> str:

@@ -584,3 +584,22 @@ def test_repr_says_block_and_form():
         "BlockSparseLinear(in_features=12, out_features=8, bias=True, block=4xfull, form=sparse)"
     )
     assert set(SPARSE_TYPES) == {nn.Linear, nn.Conv1d, nn.Conv2d}
+
+
+@pytest.mark.parametrize("block", [(4, 4), (1, 1)])
+@pytest.mark.parametrize("through_meta", [False, True])
+def test_to_empty_leaves_no_uninitialised_index(block, through_meta):
+    """An index is an address to a kernel; a state loaded afterwards restores the layer."""
+    model = sgtriton.patch(nn.Sequential(nn.Linear(32, 24)), block)
+    with torch.no_grad():
+        model[0].gate.uniform_()
+    sgtriton.sparsify(model.eval(), form="dense")
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    x = torch.randn(3, 32)
+    out = model(x)
+    if through_meta:
+        model.to("meta")
+    model.to_empty(device="cpu")
+    assert model[0].stored.density == 0
+    model.load_state_dict(state)
+    assert_exact("out", model(x), out)
