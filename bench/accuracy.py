@@ -19,7 +19,7 @@ import torch
 import sgtriton
 from sgtriton.cli import parse_block
 from sgtriton.demo.data import Digits, load_digits
-from sgtriton.demo.models import make_model
+from sgtriton.demo.models import add_gates, make_model
 from sgtriton.demo.training import accuracy, steps_for, train
 
 RESULTS = Path(__file__).parent / "results"
@@ -107,10 +107,7 @@ def measure(name: str, digits: Digits, cell: Cell, seed: int, epochs: int) -> Ro
     start = time.perf_counter()
     model, controller = make_model(name, seed), None
     if cell.gate != "none":
-        # the last layer is small and each weight of it counts
-        last = [n for n, module in model.named_children() if hasattr(module, "weight")][-1]
-        sgtriton.patch(model, block=parse_block(cell.block), gate=cell.gate, exclude=last)
-        sgtriton.patch(model, block=(1, 1), gate=cell.gate, include=last)
+        add_gates(model, parse_block(cell.block), cell.gate)
         controller = sgtriton.SparsityController(
             model, target=cell.target, steps=steps_for(digits, epochs)
         )

@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+import sgtriton
+
 __all__ = ["MODELS", "lenet5", "lenet300", "make_model"]
 
 
@@ -63,3 +65,19 @@ def make_model(name: str, seed: int) -> nn.Sequential:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return MODELS[name]()
+
+
+def add_gates(model: nn.Module, block: tuple[int | None, int | None], gate: str) -> None:
+    """Gate all layers by ``block`` but the last: it is small and every weight of it counts.
+
+    Args:
+        model: Made by :func:`make_model`; patched in place.
+        block: Sides of a gate block, outputs then inputs; None is the whole dimension.
+        gate: ``threshold`` or ``bernoulli``.
+
+    Raises:
+        ValueError: A block or gate that is not allowed.
+    """
+    last = [name for name, module in model.named_children() if hasattr(module, "weight")][-1]
+    sgtriton.patch(model, block=block, gate=gate, exclude=last)
+    sgtriton.patch(model, block=(1, 1), gate=gate, include=last)

@@ -20,7 +20,7 @@ import sgtriton
 from sgtriton.timing import interleaved_ms
 
 from .data import Digits, load_digits
-from .models import MODELS, make_model
+from .models import MODELS, add_gates, make_model
 from .pictures import draw
 from .progress import Progress
 from .training import History, predict, steps_for, train
@@ -261,9 +261,7 @@ def _gated(
 ) -> tuple[nn.Module, sgtriton.SparsityController]:
     """The gated twin, as initialised, and its controller."""
     model = make_model(settings.model, settings.seed)
-    last = [name for name, module in model.named_children() if hasattr(module, "weight")][-1]
-    sgtriton.patch(model, block=settings.block, gate=settings.gate, exclude=last)
-    sgtriton.patch(model, block=(1, 1), gate=settings.gate, include=last)
+    add_gates(model, settings.block, settings.gate)
     controller = sgtriton.SparsityController(
         model, target=settings.target, steps=steps_for(digits, epochs)
     )
