@@ -108,7 +108,13 @@ class SparseModule(nn.Module):
                 f"forms must give one of {allowed} for each of {list(BUCKETS)}, got {forms}"
             )
         self.forms, self.reason, self._dense_copy = dict(forms), reason, dense_copy
-        self._only_dense = set(forms.values()) == {"dense"}
+        # where the form changes only: a look-up must cost nothing beside a small product
+        steps = list(zip(BUCKETS.values(), (forms[bucket] for bucket in BUCKETS), strict=True))
+        self._steps = [
+            step
+            for step, after in zip(steps, [*steps[1:], (None, None)], strict=True)
+            if step[1] != after[1]
+        ]
         self._copy_dense()
 
     def _copy_dense(self) -> None:
@@ -119,7 +125,10 @@ class SparseModule(nn.Module):
 
     def form_of(self, rows: int) -> str:
         """The form for ``rows`` rows of x in all."""
-        return self.forms[bucket_of(rows)]
+        for end, form in self._steps:
+            if rows <= end:
+                return form
+        raise AssertionError("the last bucket has no end")
 
     @property
     def form(self) -> str:
@@ -195,10 +204,11 @@ class BlockSparseLinear(SparseModule, nn.Linear):
     can_multiply_blocks = True
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        # most layers have one form: looking a bucket up costs as much as a small product
-        dense = self._only_dense or self.form_of(input.numel() // self.in_features) == "dense"
-        if dense:
-            return nn.functional.linear(input, self.to_dense(), self.bias)
+        if self.form_of(input.numel() // self.in_features) == "dense":
+            weight = self.dense_weight
+            if weight is None:
+                weight = self.to_dense()
+            return nn.functional.linear(input, weight, self.bias)
         return bsr_linear(input, self.matrix, self.bias)
 
 
@@ -228,7 +238,7 @@ _DERIVED = ("ccol", "row", "perm", "row_order")
 _INDEX = ("crow", "col", "bits", *_DERIVED)
 
 _ATTRIBUTES = (
-    "weight_shape", "gate_block", "gate_kind", "forms", "reason", "_dense_copy", "_only_dense",
+    "weight_shape", "gate_block", "gate_kind", "forms", "reason", "_dense_copy", "_steps",
 )  # fmt: skip
 _OWN_BUFFERS = ("values", "crow", "col", "bits", *_DERIVED, "dense_weight")
 
@@ -245,11 +255,6 @@ def _same_or_meta(old: torch.Tensor, new: torch.Tensor | None) -> bool:
     if new is None or new.device.type == "meta":
         return True
     return old.device.type != "meta" and torch.equal(old.cpu(), new.cpu())
-
-
-def bucket_of(rows: int) -> str:
-    """The bucket of M that ``rows`` falls into."""
-    return next(name for name, end in BUCKETS.items() if rows <= end)
 
 
 def sparsify_layer(

@@ -18,7 +18,6 @@ from sgtriton.sparse_layers import (
     BlockSparseConv2d,
     BlockSparseLinear,
     SparseModule,
-    bucket_of,
     densify_layer,
 )
 
@@ -115,7 +114,10 @@ def test_conv_computes_what_the_gated_layer_does(make, block, shape, dtype):
      (128, "33-128"), (129, ">128"), (10**12, ">128")],
 )  # fmt: skip
 def test_bucket_boundaries(rows, bucket):
-    assert bucket_of(rows) == bucket
+    layer = served(nn.Linear(16, 8), (4, 4))[0]
+    for only in BUCKETS:
+        layer.set_forms({b: "sparse" if b == only else "dense" for b in BUCKETS}, "", True)
+        assert (layer.form_of(rows) == "sparse") == (only == bucket)
 
 
 @torch.no_grad()
