@@ -108,7 +108,8 @@ class SparseModule(nn.Module):
                 f"forms must give one of {allowed} for each of {list(BUCKETS)}, got {forms}"
             )
         self.forms, self.reason, self._dense_copy = dict(forms), reason, dense_copy
-        # where the form changes only: a look-up must cost nothing beside a small product
+        # a look-up must cost little beside a small product: none, or where the form changes only
+        self._one_form = next(iter(forms.values())) if len(set(forms.values())) == 1 else None
         steps = list(zip(BUCKETS.values(), (forms[bucket] for bucket in BUCKETS), strict=True))
         self._steps = [
             step
@@ -204,7 +205,10 @@ class BlockSparseLinear(SparseModule, nn.Linear):
     can_multiply_blocks = True
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        if self.form_of(input.numel() // self.in_features) == "dense":
+        form = self._one_form
+        if form is None:
+            form = self.form_of(input.numel() // self.in_features)
+        if form == "dense":
             weight = self.dense_weight
             if weight is None:
                 weight = self.to_dense()
@@ -238,7 +242,8 @@ _DERIVED = ("ccol", "row", "perm", "row_order")
 _INDEX = ("crow", "col", "bits", *_DERIVED)
 
 _ATTRIBUTES = (
-    "weight_shape", "gate_block", "gate_kind", "forms", "reason", "_dense_copy", "_steps",
+    "weight_shape", "gate_block", "gate_kind",
+    "forms", "reason", "_dense_copy", "_steps", "_one_form",
 )  # fmt: skip
 _OWN_BUFFERS = ("values", "crow", "col", "bits", *_DERIVED, "dense_weight")
 
