@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from sgtriton_kernels import gate_layout
-from sgtriton_kernels.gate import GATE_KINDS
+from sgtriton_kernels.kinds import GATE_KINDS
 from torch import nn
 
 from .container import read_file, write_file

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from sgtriton_kernels import GateLayout, gate_layout, gate_weight
 from sgtriton_kernels.blocks import Block
-from sgtriton_kernels.gate import check_gate_kind
+from sgtriton_kernels.kinds import check_gate_kind
 from torch import distributed, nn
 
 from . import clipping

@@ -4,7 +4,8 @@ from ._impl import use_impl
 from .blocks import GateLayout, coverage, expand_gates, gate_layout, sum_blocks
 from .bsr import BlockSparse
 from .bsr_matmul import bsr_linear, bsr_linear_ref
-from .gate import GATE_KINDS, gate_weight, gate_weight_ref
+from .gate import gate_weight, gate_weight_ref
+from .kinds import GATE_KINDS
 from .penalty import GatePenalties, gate_penalties
 
 __all__ = [

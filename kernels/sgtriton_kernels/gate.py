@@ -26,8 +26,8 @@ from ._impl import resolve_impl
 from ._ops import add_op_namespace_prefix
 from ._triton import INTERPRETED, device_of, tl, triton
 from .blocks import Block, GateLayout, expand_gates, gate_layout, sum_blocks
+from .kinds import check_gate_kind, is_open
 
-GATE_KINDS = ("threshold", "bernoulli")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -120,8 +120,8 @@ def _gate_weight_fwd_kernel(
     mask = offs < numel
     w = tl.load(w_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     gate = tl.load(gate_ptr + offs, mask=mask, other=0.0)
-    is_open = _is_open(gate, offs, seed_ptr, BERNOULLI)
-    out = tl.where(is_open, w, 0.0)
+    open_ = is_open(gate, offs, seed_ptr, BERNOULLI)
+    out = tl.where(open_, w, 0.0)
     if SOFT_BF16:
         out = round_to_bf16(out)
     tl.store(out_ptr + offs, out, mask=mask)
@@ -140,8 +140,8 @@ def _gate_weight_bwd_kernel(
     dout = tl.load(dout_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     w = tl.load(w_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     gate = tl.load(gate_ptr + offs, mask=mask, other=0.0)
-    is_open = _is_open(gate, offs, seed_ptr, BERNOULLI)
-    dw = tl.where(is_open, dout, 0.0)
+    open_ = is_open(gate, offs, seed_ptr, BERNOULLI)
+    dw = tl.where(open_, dout, 0.0)
     if SOFT_BF16:
         dw = round_to_bf16(dw)
     tl.store(dw_ptr + offs, dw, mask=mask)
@@ -163,7 +163,7 @@ def _gate_weight_fwd_block_kernel(
     start, rows, cols, step = _gate_block(
         gate_id, K, ROWS, GATE_ROWS, GATE_COLS, BN, BK, T, TG, UNIT_STEP
     )
-    is_open = _is_open(tl.load(gate_ptr + gate_id), gate_id, seed_ptr, BERNOULLI)
+    open_ = is_open(tl.load(gate_ptr + gate_id), gate_id, seed_ptr, BERNOULLI)
     for r in range(0, rows, BLOCK_R):
         offs_r = r + tl.arange(0, BLOCK_R)
         for c in range(0, cols, BLOCK_C):
@@ -171,7 +171,7 @@ def _gate_weight_fwd_block_kernel(
             mask = (offs_r < rows)[:, None] & (offs_c < cols)[None, :]
             offs = start + offs_r.to(tl.int64)[:, None] * K * T + (offs_c * step)[None, :]
             w = tl.load(w_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-            out = tl.where(is_open, w, 0.0)
+            out = tl.where(open_, w, 0.0)
             if SOFT_BF16:
                 out = round_to_bf16(out)
             tl.store(out_ptr + offs, out, mask=mask)
@@ -191,7 +191,7 @@ def _gate_weight_bwd_block_kernel(
     start, rows, cols, step = _gate_block(
         gate_id, K, ROWS, GATE_ROWS, GATE_COLS, BN, BK, T, TG, UNIT_STEP
     )
-    is_open = _is_open(tl.load(gate_ptr + gate_id), gate_id, seed_ptr, BERNOULLI)
+    open_ = is_open(tl.load(gate_ptr + gate_id), gate_id, seed_ptr, BERNOULLI)
     acc = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     for r in range(0, rows, BLOCK_R):
         offs_r = r + tl.arange(0, BLOCK_R)
@@ -202,7 +202,7 @@ def _gate_weight_bwd_block_kernel(
             dout = tl.load(dout_ptr + offs, mask=mask, other=0.0).to(tl.float32)
             w = tl.load(w_ptr + offs, mask=mask, other=0.0).to(tl.float32)
             acc += dout * w
-            dw = tl.where(is_open, dout, 0.0)
+            dw = tl.where(open_, dout, 0.0)
             if SOFT_BF16:
                 dw = round_to_bf16(dw)
             tl.store(dw_ptr + offs, dw, mask=mask)
@@ -226,14 +226,6 @@ def _gate_block(
         return start, rows.to(tl.int32), (cols * T).to(tl.int32), 1
     else:
         return start, rows.to(tl.int32), cols.to(tl.int32), T
-
-
-@triton.jit
-def _is_open(gate, gate_offs, seed_ptr, BERNOULLI: tl.constexpr):
-    if BERNOULLI:
-        return tl.rand(tl.load(seed_ptr), gate_offs) < gate  # draws lie in [0, 1)
-    else:
-        return gate > 0.5
 
 
 def _fwd_triton(w, gate, seed, layout: GateLayout, dtype) -> torch.Tensor:
@@ -423,9 +415,3 @@ def _check(w, gate, layout: GateLayout, kind: str, seed, dtype: torch.dtype) -> 
                 f"seed must be one int64 on {w.device}, got {tuple(seed.shape)} {seed.dtype} "
                 f"on {seed.device}"
             )
-
-
-def check_gate_kind(kind: str) -> None:
-    """Raise ``ValueError`` unless ``kind`` names a gate kind."""
-    if kind not in GATE_KINDS:
-        raise ValueError(f"gate kind must be one of {GATE_KINDS}, got {kind!r}")
