@@ -1,12 +1,24 @@
+import re
+
 import pytest
 import torch
 from cards import CARDS, compile_for
 from helpers import DTYPES, assert_exact, assert_within_twice, integers, layouts
 from sgtriton_kernels import gate as gate_module
 from sgtriton_kernels import gate_layout, gate_weight, gate_weight_ref
+from sgtriton_kernels._triton import INTERPRETED
 from sgtriton_kernels.blocks import expand_gates, sum_blocks
-from sgtriton_kernels.gate import binarise
+from sgtriton_kernels.gate import (
+    GateTile,
+    binarise,
+    draw_hard_concrete,
+    tile_for_gate_weight,
+)
+from sgtriton_kernels.kinds import BETA, CHANCE_SHIFT, eval_gates
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 # weight shape, block, groups: per weight, ragged, whole dimensions, taps, groups, 1, 0, many tiles
 LINEAR = [
@@ -194,10 +206,146 @@ def test_triton_draws_the_same_mask_wherever_it_runs(device):
     assert out.flatten().tolist() == expected
 
 
-def test_gate_weight_passes_gradcheck_in_the_weight():
-    gate = torch.rand(3, 2)
+def hard_concrete(log_alpha, u):
+    """z of a draw, as the paper writes it."""
+    s = torch.sigmoid((u.log() - (1 - u).log() + log_alpha) / BETA)
+    return (s * 1.2 - 0.1).clamp(0, 1)
+
+
+def test_triton_draws_the_same_hard_concrete_gates_wherever_it_runs(device):
+    from sgtriton_kernels._triton import why_not_triton
+
+    if reason := why_not_triton(device):
+        pytest.skip(reason)
+    seed = (3 << 40) + 17
+    w, gate = torch.ones(3, 32, device=device), torch.linspace(-3, 3, 96, device=device)
+    out = gate_weight(
+        w, gate.view(3, 32), kind="hard_concrete", seed=torch.tensor([seed], device=device),
+        impl="triton",
+    )  # fmt: skip
+    u = torch.tensor([philox_uniform(seed, i) for i in range(96)], dtype=torch.float64)
+    expected = hard_concrete(gate.cpu().double(), u)
+    torch.testing.assert_close(out.flatten().cpu().double(), expected, rtol=0, atol=1e-5)
+
+
+def test_hard_concrete_gates_are_0_and_1_at_their_rates(device, impl):
+    w = torch.ones(64, 512, device=device)
+    for log_alpha in (-3.0, 0.0, 2.0, 9.0):  # the last reads as log 100
+        gate = torch.full((64, 512), log_alpha, device=device)
+        seed = torch.tensor([17], device=device)
+        z = gate_weight(w, gate, kind="hard_concrete", seed=seed, impl=impl)
+        assert 0 <= z.min() <= z.max() <= 1
+        clipped = torch.tensor(min(log_alpha, 4.605170185988092))
+        for share, p in (
+            ((z == 0).double().mean().item(), torch.sigmoid(CHANCE_SHIFT - clipped).item()),
+            ((z == 1).double().mean().item(), torch.sigmoid(CHANCE_SHIFT + clipped).item()),
+        ):
+            assert abs(share - p) <= 4 * (p * (1 - p) / w.numel()) ** 0.5
+
+
+@pytest.mark.parametrize("seed", [5, None], ids=["drawn", "eval"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("shape", "block", "groups"), [CASES[0], CASES[1], CASES[3], CASES[10]])
+def test_hard_concrete_multiplies_and_rounds_once(shape, block, groups, dtype, seed, device, impl):
+    layout, w, _ = make(shape, block, groups, torch.float32, device)
+    gate = (3 * torch.randn(layout.gate_shape, device=device)).requires_grad_()
+    seed = None if seed is None else torch.tensor([seed], device=device)
+    options = {"groups": groups, "kind": "hard_concrete", "seed": seed, "impl": impl}
+
+    ones = torch.ones(shape, device=device)
+    spread = gate_weight(ones, gate, block, **options)  # z of each weight
+    z = (sum_blocks(spread.double(), layout) / sum_blocks(ones.double(), layout)).detach()
+    if seed is None:
+        torch.testing.assert_close(z.float(), eval_gates(gate.detach(), "hard_concrete"))
+    out = gate_weight(w, gate, block, dtype=dtype, **options)
+    wide = gate_weight_ref(w.detach().cpu(), z.cpu().float(), block, groups)
+    assert_within_twice("out", out.cpu(), wide.double(), wide.to(dtype))
+    assert not out[spread == 0].any()
+
+    dout = torch.randn(shape, device=device).to(dtype)
+    dw, dgate = torch.autograd.grad(out, (w, gate), dout)
+    dw_ref = gate_weight_ref(dout.cpu().float(), z.cpu().float(), block, groups)
+    assert_within_twice("dw", dw.cpu(), dw_ref.double(), dw_ref)
+    # slope of z in log alpha, from z itself
+    s = (z + 0.1) / 1.2
+    slope = torch.where((z > 0) & (z < 1), 1.2 * s * (1 - s) / (1 if seed is None else BETA), 0.0)
+    dgate64 = slope * sum_blocks(dout.double() * w.detach().double(), layout)
+    torch.testing.assert_close(dgate.double(), dgate64, rtol=1e-4, atol=1e-5)
+    assert dgate.dtype == torch.float32
+
+
+def test_slope_of_a_draw_is_its_finite_difference():
+    gate, seed, h = torch.linspace(-4, 4, 256), torch.tensor([3]), 1e-6
+    z, slope = draw_hard_concrete(gate, seed)
+    u = torch.rand(256, generator=torch.Generator().manual_seed(3)).double()
+    ends = [hard_concrete(gate.double() + side, u) for side in (-h, h)]
+    torch.testing.assert_close(z.double(), hard_concrete(gate.double(), u), rtol=0, atol=1e-5)
+    inside = (ends[0] > 0) & (ends[1] < 1)
+    assert inside.any()
+    expected = (ends[1] - ends[0]) / (2 * h)
+    torch.testing.assert_close(slope.double()[inside], expected[inside], rtol=1e-4, atol=1e-5)
+    assert not slope[(z == 0) | (z == 1)].any()
+
+
+@pytest.mark.parametrize("seed", [5, None], ids=["drawn", "eval"])
+def test_closed_hard_concrete_weight_is_exactly_zero_even_if_it_holds_nan(seed, device, impl):
+    w = torch.tensor([[float("nan"), float("inf"), 2.0, 2.0]], device=device, requires_grad=True)
+    # 0 in nearly every draw, 1 in nearly every draw, not a number
+    gate = torch.tensor([[-4.6, -4.6, 4.6, float("nan")]], device=device, requires_grad=True)
+    seed = None if seed is None else torch.tensor([seed], device=device)
+    out = gate_weight(w, gate, kind="hard_concrete", seed=seed, impl=impl)
+    assert out.tolist() == [[0.0, 0.0, 2.0, 0.0]]
+    dgate = torch.autograd.grad(out.sum(), gate)[0]
+    assert dgate.tolist() == [[0.0] * 4]
+
+
+@pytest.mark.parametrize("kind", ["threshold", "hard_concrete"])
+@pytest.mark.parametrize(
+    ("shape", "block"),
+    [
+        ((64, 700), (None, None)),
+        ((16, 700), (1, None)),
+        ((64, 700), (None, 1)),
+        ((70, 9, 3), (None, None)),
+        ((70, 9, 3), (None, 1)),
+        ((70, 9, 3), (64, 1)),
+        ((70, 9, 3), (64, 8)),
+    ],
+)
+def test_large_blocks_are_summed_in_parts(shape, block, kind, device):
+    from sgtriton_kernels._triton import why_not_triton
+
+    if reason := why_not_triton(device):
+        pytest.skip(reason)
+    layout, w, gate = make(shape, block, 1, torch.float32, device, "integers")
+    gate = (gate.detach() - (0 if kind == "threshold" else 0.5)).requires_grad_()
+    dout = integers(*shape, device=device)
+    # the interpreter is slow by the program, the CPU's compiler by the size of a tile
+    tile = GateTile(16, 256, 2, 1) if INTERPRETED else GateTile(4, 16, 2, 1)
+    out = gate_weight(w, gate, block, kind=kind, impl="triton", tile=tile)
+    plain = gate_weight(w, gate, block, kind=kind, impl="torch")
+    torch.testing.assert_close(out, plain, rtol=1e-6, atol=0)
+    grads = torch.autograd.grad(out, (w, gate), dout, retain_graph=True)
+    again = torch.autograd.grad(out, (w, gate), dout)
+    for name, grad, same, ref in zip(
+        ("dw", "dgate"), grads, again, torch.autograd.grad(plain, (w, gate), dout), strict=True
+    ):
+        assert_exact(f"{name}, repeated", grad, same)
+        torch.testing.assert_close(grad, ref, rtol=1e-5, atol=1e-5)
+    if kind == "threshold":
+        assert_exact("dgate", grads[1], sum_blocks(dout * w.detach(), layout))
+
+
+KINDS = [("threshold", None), ("bernoulli", 3), ("hard_concrete", 3), ("hard_concrete", None)]
+
+
+@pytest.mark.parametrize(("kind", "seed"), KINDS)
+def test_gate_weight_passes_gradcheck_in_the_weight(kind, seed):
+    gate, seed = torch.rand(3, 2), None if seed is None else torch.tensor([seed])
     w = torch.randn(9, 8, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda w: gate_weight(w, gate, (4, 4), impl="torch"), (w,))
+    assert torch.autograd.gradcheck(
+        lambda w: gate_weight(w, gate, (4, 4), kind=kind, seed=seed, impl="torch"), (w,)
+    )
 
 
 @pytest.mark.parametrize(
@@ -215,6 +363,7 @@ def test_gate_weight_passes_gradcheck_in_the_weight():
         ({"groups": 3}, "groups"),
         ({"kind": "bernoulli"}, "seed"),
         ({"kind": "bernoulli", "seed": torch.rand(1)}, "int64"),
+        ({"kind": "hard_concrete", "seed": torch.rand(1)}, "int64"),
         ({"impl": "cuda"}, "implementation"),
     ],
 )
@@ -224,14 +373,14 @@ def test_gate_weight_refuses(change, match):
         gate_weight(arguments.pop("w"), arguments.pop("gate"), **arguments)
 
 
-@pytest.mark.parametrize("seed", [None, 3])
-def test_gate_weight_is_a_sound_custom_op(seed, device, impl):
+@pytest.mark.parametrize(("kind", "seed"), KINDS)
+def test_gate_weight_is_a_sound_custom_op(kind, seed, device, impl):
     _, w, gate = make((9, 10), (4, 4), 1, torch.float32, device)
     seed = None if seed is None else torch.tensor([seed], device=device)
     ops = torch.ops.sgtriton_kernels
-    opcheck(ops.gate_weight.default, (w, gate, seed, 4, 4, 1, torch.bfloat16, impl))
+    opcheck(ops.gate_weight.default, (w, gate, seed, 4, 4, 1, kind, None, torch.bfloat16, impl))
     dout = torch.randn(9, 10, device=device)
-    args = (dout, w.detach(), gate.detach(), seed, 4, 4, 1, impl, True)
+    args = (dout, w.detach(), gate.detach(), seed, 4, 4, 1, kind, None, impl, True)
     opcheck(ops.gate_weight_bwd.default, args)
 
 
@@ -250,30 +399,92 @@ def test_gate_weight_compiles_without_graph_breaks(device, impl):
         assert_exact("gradient", out, ref)
 
 
+@pytest.mark.parametrize(("kind", "seed"), KINDS[1:])
+def test_gate_weight_compiles_once_for_many_shapes(kind, seed, device, impl):
+    seed = None if seed is None else torch.tensor([seed], device=device)
+
+    def step(w, gate):
+        return gate_weight(w, gate, (8, 8), kind=kind, seed=seed, impl=impl)
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=counter)
+    # sides that are equal in the first call would be taken for one
+    for shape in ((9, 22), (12, 41), (24, 15), (33, 9), (17, 17)):
+        _, w, gate = make(shape, (8, 8), 1, torch.float32, device)
+        out, ref = compiled(w, gate), step(w, gate)
+        assert_exact("out", out, ref)
+        for grad, expected in zip(
+            torch.autograd.grad(out.square().sum(), (w, gate)),
+            torch.autograd.grad(ref.square().sum(), (w, gate)),
+            strict=True,
+        ):
+            assert_exact("gradient", grad, expected)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize(("kind", "seed"), KINDS[1:3])
+def test_checkpointing_draws_the_same_gates_again(kind, seed, device, impl):
+    _, w, gate = make((9, 10), (4, 4), 1, torch.float32, device)
+
+    def step(w, gate):
+        seed = torch.randint(0, 2**62, (1,), device=device)
+        return gate_weight(w, gate, (4, 4), kind=kind, seed=seed, impl=impl).square()
+
+    torch.manual_seed(3)
+    plain = torch.autograd.grad(step(w, gate).sum(), (w, gate))
+    torch.manual_seed(3)
+    again = checkpoint(step, w, gate, use_reentrant=False)
+    for a, b in zip(torch.autograd.grad(again.sum(), (w, gate)), plain, strict=True):
+        assert_exact("gradient", a, b)
+
+
+def test_element_wise_work_counts_no_flops(device):
+    _, w, gate = make((9, 10), (4, 4), 1, torch.float32, device)
+    with FlopCounterMode(display=False) as counter:
+        gate_weight(w, gate, (4, 4)).sum().backward()
+    assert counter.get_total_flops() == 0
+
+
 POINTERS = {
     "w_ptr": "*fp32", "gate_ptr": "*fp32", "seed_ptr": "*i64", "dout_ptr": "*bf16",
     "out_ptr": "*bf16", "dw_ptr": "*fp32", "dgate_ptr": "*fp32",
 }  # fmt: skip
-SIZES = dict.fromkeys(
-    ("numel", "K", "ROWS", "GATE_ROWS", "GATE_COLS", "BN", "BK", "T", "TG"), "i32"
-)
+SIZES = dict.fromkeys(("GATES", "K", "ROWS", "GATE_ROWS", "GATE_COLS", "BN", "BK", "T"), "i32")
 
 
 @pytest.mark.compiles
 @pytest.mark.parametrize("card", CARDS, ids=lambda card: str(card[1]))
-@pytest.mark.parametrize("bernoulli", [False, True], ids=["threshold", "bernoulli"])
-def test_gate_weight_kernels_compile_for(card, bernoulli):
-    flat = {"BERNOULLI": bernoulli, "SOFT_BF16": False, "BLOCK": 1024}
-    block = {"BERNOULLI": bernoulli, "SOFT_BF16": False, "BLOCK_R": 16, "BLOCK_C": 32}
-    for kernel, constexprs in (
-        (gate_module._gate_weight_fwd_kernel, flat),
-        (gate_module._gate_weight_bwd_kernel, flat),
-        (gate_module._gate_weight_fwd_block_kernel, block | {"UNIT_STEP": True}),
-        (gate_module._gate_weight_bwd_block_kernel, block | {"UNIT_STEP": True}),
-        (gate_module._gate_weight_bwd_block_kernel, block | {"UNIT_STEP": False}),
-    ):
-        compiled = compile_for(card, kernel, POINTERS | SIZES, constexprs)
-        assert compiled.spills == 0
+@pytest.mark.parametrize(("kind", "seed"), KINDS)
+def test_gate_weight_kernels_compile_for(card, kind, seed):
+    seed = None if seed is None else torch.tensor([seed])
+    device = torch.device("cuda")
+    cases = [
+        ((4096, 4096), (1, 1)),
+        ((4096, 4096), (32, 32)),
+        ((4096, 4096), (None, 1)),
+        ((4096, 4096), (128, 128)),
+        ((64, 64, 3, 3), (16, 16)),
+    ]
+    for shape, block in cases if kind == "threshold" else cases[:2]:  # draws touch no layout
+        layout = gate_layout(shape, block)
+        tile = tile_for_gate_weight(layout, device)
+        _, flags, _, _ = gate_module._launch(layout, kind, seed, tile, device)
+        warps = flags.pop("num_warps")
+        for kernel, tensors in (
+            (gate_module._gate_weight_fwd_kernel, 2),  # w, out
+            (gate_module._gate_weight_bwd_kernel, 3),  # dout, w, dw
+        ):
+            compiled = compile_for(
+                card, kernel, POINTERS | SIZES, flags | {"SOFT_BF16": False}, warps
+            )
+            assert compiled.spills == 0
+            if card[0] == "cuda" and len(shape) == 2:
+                accesses = re.findall(r"(?:ld|st)\.global\.\S+", compiled.assembly)
+                narrow = [a for a in accesses if "v4.b32" not in a]
+                assert len(accesses) - len(narrow) >= tensors
+                # narrow is the seed, and the gate and its sum where several weights share one
+                assert len(narrow) <= 1 + 2 * (block != (1, 1)), narrow
 
 
 def test_draws_of_the_torch_implementation_never_reach_1():

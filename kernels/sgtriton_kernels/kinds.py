@@ -17,7 +17,7 @@ import torch
 
 from ._triton import tl, triton
 
-GATE_KINDS = ("threshold", "bernoulli")
+GATE_KINDS = ("threshold", "bernoulli", "hard_concrete")
 
 BETA = 2 / 3  # temperature
 GAMMA, ZETA = -0.1, 1.1  # ends of the stretched sigmoid
@@ -71,11 +71,16 @@ def open_gates(gate: torch.Tensor, kind: str) -> torch.Tensor:
 
 
 def eval_gates(gate: torch.Tensor, kind: str) -> torch.Tensor:
-    """What eval multiplies weights with: 0, 1, or for ``hard_concrete`` a number in [0, 1]."""
+    """What eval multiplies weights with: 0, 1, or for ``hard_concrete`` a number in [0, 1].
+
+    Above 0 just where :func:`open_gates` says open, however ``sigmoid`` rounds.
+    """
     is_open = open_gates(gate, kind)
     if kind != "hard_concrete":
         return is_open.to(gate.dtype)
-    return torch.where(is_open, _stretch(torch.sigmoid(gate)), 0.0)
+    tiny = torch.finfo(gate.dtype).tiny
+    z = (torch.sigmoid(gate) * (ZETA - GAMMA) + GAMMA).clamp(tiny, 1)
+    return torch.where(is_open, z, 0.0)
 
 
 def open_chance(gate: torch.Tensor, kind: str) -> torch.Tensor:
@@ -85,10 +90,6 @@ def open_chance(gate: torch.Tensor, kind: str) -> torch.Tensor:
     return torch.sigmoid(gate - CHANCE_SHIFT) if kind == "hard_concrete" else gate
 
 
-def _stretch(s: torch.Tensor) -> torch.Tensor:
-    return (s * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
-
-
 @triton.jit
 def is_open(gate, gate_offs, seed_ptr, BERNOULLI: tl.constexpr):
     # gate_offs: index of each gate in its tensor, the counter of its draw
@@ -96,3 +97,31 @@ def is_open(gate, gate_offs, seed_ptr, BERNOULLI: tl.constexpr):
         return tl.rand(tl.load(seed_ptr), gate_offs) < gate  # draws lie in [0, 1)
     else:
         return gate > 0.5
+
+
+_STRETCH, _GAMMA = tl.constexpr(ZETA - GAMMA), tl.constexpr(GAMMA)
+_INVERSE_BETA, _LIMIT = tl.constexpr(1 / BETA), tl.constexpr(LOG_ALPHA_LIMIT)
+_OPEN, _MARGIN = tl.constexpr(OPEN_LOG_ALPHA), tl.constexpr(DRAW_MARGIN)
+_TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
+
+
+@triton.jit
+def hard_concrete(gate, gate_offs, seed_ptr, DRAW: tl.constexpr):
+    # z and dz / dgate, drawn or as in eval; a NaN gate is closed in both
+    log_alpha = tl.where(gate > _LIMIT, _LIMIT, gate)
+    log_alpha = tl.where(log_alpha < -_LIMIT, -_LIMIT, log_alpha)
+    if DRAW:
+        u = tl.rand(tl.load(seed_ptr), gate_offs)
+        u = tl.minimum(tl.maximum(u, _MARGIN), 1 - _MARGIN)
+        s = tl.sigmoid((tl.log(u) - tl.log(1 - u) + log_alpha) * _INVERSE_BETA)
+        slope = s * (1 - s) * (_STRETCH * _INVERSE_BETA)
+        stretched = s * _STRETCH + _GAMMA
+        opened = stretched > 0
+    else:
+        s = tl.sigmoid(log_alpha)
+        slope = s * (1 - s) * _STRETCH
+        stretched = tl.maximum(s * _STRETCH + _GAMMA, _TINY)
+        opened = gate > _OPEN
+    z = tl.where(opened, tl.minimum(stretched, 1.0), 0.0)
+    dz = tl.where(opened & (stretched < 1), slope, 0.0)
+    return z, dz
