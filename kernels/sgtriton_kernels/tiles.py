@@ -83,3 +83,95 @@ def tile_for_bsr_linear(M: int, block: tuple[int, int], dtype: torch.dtype) -> T
     else:
         warps = 4 if area > 16 * 32 else 2
     return Tile(block_m, block_k, stages, warps)
+
+
+@dataclass(frozen=True)
+class GatedTile:
+    """What one program of a product with a gated weight computes, and how.
+
+    Sides are named for the dimension that they cut: forward adds up over ``K``, the gradient of
+    ``x`` over ``N``, that of the weight over ``M``. Powers of two >= 16.
+
+    Args:
+        BLOCK_N: outputs (rows of the weight).
+        BLOCK_M: rows of ``x``.
+        BLOCK_K: inputs (columns of the weight).
+        num_stages: depth of the software pipeline.
+        num_warps: warps per program.
+    """
+
+    BLOCK_N: int
+    BLOCK_M: int
+    BLOCK_K: int
+    num_stages: int
+    num_warps: int
+
+
+def tile_for_gated_linear(
+    which: str,
+    M: int,
+    N: int,
+    K: int,
+    w_dtype: torch.dtype,
+    x_dtype: torch.dtype,
+    block: tuple[int, int],
+    native: bool = False,
+) -> GatedTile:
+    """A tile for a pass of ``gated_linear`` that every card can run; reasoned, not measured.
+
+    Bounds as for :func:`tile_for_bsr_linear`: no card spills registers, shared memory suffices.
+
+    - Forward and dx: 16, 64 or 128 rows, what covers them (dx: up to 64, gfx1100's registers; also
+      where indices of gates are divided, for block sides above 1 that 64 does not divide). 64
+      outputs while there are up to 64 rows, so that more programs share the weight's bytes, else
+      128: Hopper's and Blackwell's matrix units take a left operand of 64 rows at the least. A step
+      is 32 deep, one word of bits a row; 64 for skipping forward with a 16-bit weight. Skipping
+      takes up to 64 rows beside 128 outputs.
+    - dW: 128 x 64 weights (64 x 64 for such blocks), rows in steps of 32: beside the sums a tile of
+      the weight and the gates' gradients lie in registers.
+    - fp32 rows: products take registers instead of matrix units, so sums of 64 x 64, for dW
+      64 x 32, in steps of 16 (skipping 32).
+    - Skipping cuts ``BLOCK_N`` and ``BLOCK_K`` to the block.
+    - ``num_warps``: 8 above 64 x 64 sums (fp32: from 32 x 32), 2 up to 16 x 32 (fp32:
+      below), else 4.
+    - ``num_stages``: up to 4 (dW: 3), as both operands fit.
+
+    Args:
+        which: ``"fwd"`` | ``"dx"`` | ``"dw"``; ``"skip_fwd"`` | ``"skip_dx"`` | ``"skip_dw"``.
+        M, N, K: rows of ``x``, outputs, inputs.
+        w_dtype, x_dtype: fp32 | fp16 | bf16.
+        block: ``(bn, bk)`` weights that a gate covers.
+        native: for Triton's CPU compiler, which unrolls a tile.
+    """
+    if native:
+        return GatedTile(16, 16, 16, 1, 1)
+    wide = x_dtype.itemsize > 2
+    skip, which = which.startswith("skip_"), which.removeprefix("skip_")
+    odd = any(side > 1 and side % 64 for side in block) and not skip
+    bn, bk = (max(16, 1 << (side - 1).bit_length()) if skip else 128 for side in block)
+    if which == "dw":
+        block_n, block_k = min(bn, 64 if wide or odd else 128), min(bk, 32 if wide else 64)
+        block_m = 16 if wide else 32
+        area, step = block_n * block_k, (block_n + block_k) * block_m * x_dtype.itemsize
+        most = 3
+    else:
+        (side, inner) = (bn, bk) if which == "fwd" else (bk, bn)
+        few = M <= 64 or which == "dx" or wide or odd
+        block_m = 16 if M <= 16 else 64 if few else 128
+        out = min(side, 64 if wide or M <= 64 else 128)
+        if skip and out == 128:
+            block_m = min(block_m, 64)
+        area = out * block_m
+        deep = skip and which == "fwd" and not wide and w_dtype.itemsize == 2
+        depth = min(inner, 64 if deep else 32)
+        if wide and not skip:
+            depth = 16
+        block_n, block_k = (out, depth) if which == "fwd" else (depth, out)
+        step = (out * w_dtype.itemsize + block_m * x_dtype.itemsize) * depth
+        most = 4
+    stages = max(2, min(most, _SHARED_BYTES // step, _LDS_BYTES // step + 1))
+    if area > 64 * 64 or (wide and area >= 32 * 32):
+        warps = 8
+    else:
+        warps = 4 if area > 16 * 32 or (wide and area == 16 * 32) else 2
+    return GatedTile(block_n, block_m, block_k, stages, warps)
