@@ -1,4 +1,5 @@
-"""Gates stay in [0, 1] under any optimizer: one post-step hook clips them, and warns of decay.
+"""Gates stay within their bounds under any optimizer: one post-step hook clips them, and warns of
+decay.
 
 Gates are found through a weak set of gated modules at step time, not by the identity that a
 parameter had when the layer was made: sharding replaces Parameters.
@@ -20,6 +21,9 @@ class HasGates(Protocol):
 
     gate: torch.nn.Parameter
     frozen: bool
+
+    def optimizer_stepped(self) -> None:
+        """Clip the gates in place."""
 
 
 class Observer(Protocol):
@@ -65,15 +69,15 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     own = {id(p) for group in optimizer.param_groups for p in group["params"]}
     with _lock:
         modules, observers = list(_gated_modules), list(_observers)
-    gates = [m.gate for m in modules if id(getattr(m, "gate", None)) in own and not m.frozen]
-    if not gates:
+    modules = [m for m in modules if id(getattr(m, "gate", None)) in own and not m.frozen]
+    if not modules:
         return
     with torch.no_grad():
-        for gate in gates:
-            gate.clamp_(0, 1)
+        for module in modules:
+            module.optimizer_stepped()
     for observer in observers:
         observer.optimizer_stepped(own)
-    _warn_of_decay(optimizer, {id(gate) for gate in gates})
+    _warn_of_decay(optimizer, {id(m.gate) for m in modules})
 
 
 def _warn_of_decay(optimizer: Optimizer, gate_ids: set[int]) -> None:

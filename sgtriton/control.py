@@ -5,8 +5,9 @@ of all gates, weighted by the weights they cover. ``mu`` is a proportional and a
 the density's excess over the schedule: dual ascent, which starts from 0 again when the density
 crosses the schedule (Gallego-Posada et al., arXiv:2208.04425), damped as in nuPI (Sohrabi et al.,
 arXiv:2406.04558), and below 0 while the density is clearly too low. The schedule is a cubic ramp
-(Zhu & Gupta, arXiv:1710.01878). The unit of ``mu`` is the gates' own gradient, measured before the
-ramp starts, so that it depends neither on the loss's scale nor on that of the weights.
+(Zhu & Gupta, arXiv:1710.01878). The unit of ``mu`` is what makes the penalty's gradient as large as
+the gates' own, measured before the ramp starts, so that it depends neither on the loss's scale nor
+on that of the weights, nor on how flat the chance of a ``hard_concrete`` gate starts.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from typing import Any
 
 import torch
 from sgtriton_kernels import GatePenalties, coverage, gate_penalties
+from sgtriton_kernels.kinds import open_chance
+from sgtriton_kernels.penalty import mask_size
 from torch import nn
 
 from . import clipping
@@ -31,7 +34,7 @@ log = logging.getLogger(__name__)
 _CHECK_EVERY = 100  # steps between looks at the statistics, which wait for the device
 _FIRST_CHECK = 10
 
-# Of the multiplier, whose unit is the gates' mean gradient; found on small trainings.
+# Of the multiplier, whose unit balances the gates' own gradient; found on small trainings.
 _RATE = 50.0  # units that dual ascent gains in a whole training at an excess of 1
 _DAMPING = 20.0  # units at an excess of 1, at once
 _CAP = 20.0  # units; beyond it the penalty drowns what the network says of its gates
@@ -45,10 +48,12 @@ class GateStatistics:
 
     Attributes:
         density: the density under control: share of open weights (``threshold``), mean gate
-            weighted by coverage (``bernoulli``).
-        open_share: share of weights whose gate is above 0.5.
-        undecided_share: share of weights whose gate lies in (0.1, 0.9).
-        flips: gates that crossed 0.5 since the last ``step()``; -1 before the first.
+            weighted by coverage (``bernoulli``), expected share of weights whose gate is not 0
+            (``hard_concrete``).
+        open_share: share of weights whose gate is open in eval.
+        undecided_share: share of weights whose gate, or the chance that it is not 0, lies in
+            (0.1, 0.9).
+        flips: gates that opened or closed since the last ``step()``; -1 before the first.
         target_density: where the schedule wants ``density`` to be now.
         multiplier: of the gates' sum in the penalty.
     """
@@ -65,7 +70,8 @@ def gate_penalty(model: nn.Module, bimodal: float = 0.0, l1: float = 0.0) -> tor
     """The paper's penalty with fixed lambdas, to add to the loss.
 
     ``bimodal * sum g (1 - g) + l1 * sum g`` over the gates of all layers, each weighted by the
-    number of weights that it covers.
+    number of weights that it covers; for ``hard_concrete`` gates ``l1`` times the expected number
+    of weights that are not 0.
 
     Args:
         model: patched model.
@@ -83,7 +89,13 @@ def gate_penalty(model: nn.Module, bimodal: float = 0.0, l1: float = 0.0) -> tor
             raise ValueError(f"{name} must be finite and >= 0, got {value}")
     layers = list(_layers_of(model).values())
     lambdas = torch.tensor([bimodal, l1], dtype=torch.float32, device=layers[0].gate.device)
-    return gate_penalties([layer.gate for layer in layers], _coverages(layers), lambdas).penalty
+    return gate_penalties(
+        [layer.gate for layer in layers],
+        _coverages(layers),
+        lambdas,
+        kinds=[layer.gate_kind for layer in layers],
+        hold_closed=[not layer.reopens for layer in layers],
+    ).penalty
 
 
 class SparsityController:
@@ -156,7 +168,7 @@ class SparsityController:
         self._ascent = torch.zeros_like(self._multiplier)  # its part from dual ascent
         self._highest = torch.zeros_like(self._multiplier)  # multiplier so far
         self._bimodal = torch.zeros_like(self._multiplier)  # weight of the bi-modal term
-        # mean |gradient| of a gate per weight: the sum of those measured, and how many
+        # the loss's gradient over the penalty's at mu = 1: the sum of those measured, and how many
         self._unit = torch.zeros(2, device=device, dtype=torch.float32)
         self._unit_measured = False
         self._mask: torch.Tensor | None = None  # open gates at the last step, bit-packed
@@ -246,7 +258,7 @@ class SparsityController:
 
     @torch.no_grad()
     def optimizer_stepped(self, parameters: set[int]) -> None:
-        """Average the gates' gradient per weight, while no penalty is in it.
+        """Average the gates' gradient next to the penalty's, while no penalty is in it.
 
         Called after each optimizer step, with the ids of the optimizer's parameters.
         """
@@ -257,8 +269,8 @@ class SparsityController:
         grads = [layer.gate.grad for layer in own if layer.gate.grad is not None]
         if not grads or len(grads) < len(own):
             return
-        weights = sum(layer.weight.numel() for layer in own)
-        gradient = torch.stack([g.abs().sum() for g in grads]).sum() / weights
+        push = sum(_push(layer) for layer in own)
+        gradient = torch.stack([g.abs().sum() for g in grads]).sum() / push
         measured = torch.stack([gradient, torch.ones_like(gradient)])
         # a GradScaler's overflow is no measurement
         self._unit = self._unit + torch.where(gradient.isfinite(), measured, 0.0)
@@ -280,8 +292,7 @@ class SparsityController:
             was_open = layer.open_gates()
             opened += int((mask & ~was_open).sum())
             closed += int((was_open & ~mask).sum())
-            layer.gate.copy_(mask)
-            layer.freeze()
+            layer.freeze(mask)
         self._last = None
         sparsity = 1 - self._measure().density.item()
         said = (
@@ -337,17 +348,17 @@ class SparsityController:
         for name, allowed in _STATE_RULES.items():
             if not allowed(state[name]):
                 raise ValueError(f"the controller's state holds {name}={state[name]!r}")
-        mask, bits = state["mask"], -(-self._cover.numel() // 8)
-        if mask is not None and mask.shape != (bits,):
-            raise ValueError(
-                f"the state's mask has shape {tuple(mask.shape)}, this model's gates need ({bits},)"
-            )
         layers = self._gated()
+        mask, size = state["mask"], mask_size([layer.gate for layer in layers])
+        if mask is not None and mask.shape != (size,):
+            raise ValueError(
+                f"the state's mask has shape {tuple(mask.shape)}, this model's gates need ({size},)"
+            )
         if state["frozen"]:
             for name, layer in self._layers.items():
-                if not ((layer.gate == 0) | (layer.gate == 1)).all():
+                if not layer.decided(layer.gate):
                     raise ValueError(
-                        f"{name}: the state is of frozen gates, the model's are not all 0 or 1; "
+                        f"{name}: the state is of frozen gates, the model's are not all decided; "
                         "load the model's state first"
                     )
         device = self._cover.device
@@ -400,13 +411,19 @@ class SparsityController:
             self._bimodal, self._ascent = self._bimodal.to(device), self._ascent.to(device)
             self._mask = None if self._mask is None else self._mask.to(device)
         lambdas = torch.stack([self._bimodal, self._multiplier])
-        gates = [layer.gate for layer in layers]
-        return gate_penalties(gates, self._cover, lambdas, self._mask)
+        return gate_penalties(
+            [layer.gate for layer in layers],
+            self._cover,
+            lambdas,
+            self._mask,
+            kinds=[layer.gate_kind for layer in layers],
+            hold_closed=[not layer.reopens for layer in layers],
+        )
 
     def _controlled(self, measured: GatePenalties) -> torch.Tensor:
-        """Density under control; a model may mix kinds, then Bernoulli's mean gate would jump."""
+        """Density under control; in a model of mixed kinds the open share, which has no jumps."""
         kinds = {layer.gate_kind for layer in self._layers.values()}
-        return measured.mean if kinds == {"bernoulli"} else measured.density
+        return measured.density if "threshold" in kinds else measured.mean
 
     def _update_multiplier(self, last: GatePenalties) -> None:
         if self._count <= self.ramp[0] * self.steps:
@@ -488,6 +505,14 @@ def _layers_of(model: nn.Module) -> dict[str, GatedModule]:
 
 def _coverages(layers: list[GatedModule]) -> torch.Tensor:
     return torch.cat([coverage(layer.layout, layer.gate.device).reshape(-1) for layer in layers])
+
+
+def _push(layer: GatedModule) -> torch.Tensor | int:
+    """Sum of the gradient that a multiplier of 1 gives the gates of a layer."""
+    if layer.gate_kind != "hard_concrete":
+        return layer.weight.numel()
+    chance = open_chance(layer.gate, layer.gate_kind)
+    return (coverage(layer.layout, layer.gate.device) * chance * (1 - chance)).sum()
 
 
 def _check_reachable(layers: list[GatedModule], target: float, allow_empty: bool) -> None:

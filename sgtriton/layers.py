@@ -10,9 +10,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from sgtriton_kernels import GateLayout, gate_layout, gate_weight
+from sgtriton_kernels import GateLayout, expand_gates, gate_layout, gate_weight, gated_linear
 from sgtriton_kernels.blocks import Block
-from sgtriton_kernels.kinds import check_gate_kind
+from sgtriton_kernels.kinds import (
+    check_gate_kind,
+    gate_bounds,
+    initial_gate,
+    open_chance,
+    open_gates,
+)
 from torch import distributed, nn
 
 from . import clipping
@@ -25,14 +31,19 @@ class GatedModule(nn.Module):
 
     Attributes:
         gate: shape as :func:`sgtriton_kernels.gate_layout` gives it, fp32 whatever the model is
-            cast to. Trainable gates; everything that reads them reads ``clip(gate, 0, 1)``.
-        gate_kind: ``"threshold"`` | ``"bernoulli"``; kept with the state, loading another is an
-            error.
+            cast to. Trainable gates; everything that reads them reads ``clip(gate, 0, 1)``. Of
+            ``hard_concrete`` gates it holds log alpha, within +-log 100.
+        gate_kind: ``"threshold"`` | ``"bernoulli"`` | ``"hard_concrete"``; kept with the state,
+            loading another is an error.
         gate_block: ``(bn, bk)`` as asked for; ``None`` is the whole dimension.
         gate_init: value of the gates after ``patch`` and after loading a dense checkpoint.
         frozen: gates are exactly 0 or 1 and no longer train.
-        sync_noise: Bernoulli gates are drawn alike on all ranks of the default process group. By
-            default each rank draws its own, which averages more samples.
+        sync_noise: gates are drawn alike on all ranks of the default process group. By default
+            each rank draws its own, which averages more samples.
+        reopen_every: closed ``threshold`` gates get a gradient on each ``reopen_every``-th
+            optimizer step only; on the others neither the loss nor the penalty moves them, and
+            their blocks cost nothing in a linear layer's backward.
+        reopens: whether they get it in this step.
     """
 
     weight: nn.Parameter
@@ -43,6 +54,9 @@ class GatedModule(nn.Module):
     gate_init: float
     frozen: bool
     sync_noise: bool = False
+    reopen_every: int = 1
+    reopens: bool = True  # a bool of its own: compiled code depends on it, not on the count
+    _steps_done: int = 0  # optimizer steps
 
     dense_type: type[nn.Module]  # the layer that this one gates
 
@@ -52,7 +66,10 @@ class GatedModule(nn.Module):
         self.gate_kind, self.gate_block, self.gate_init = kind, (block[0], block[1]), float(init)
         self.frozen = False
         gate = torch.full(
-            self.layout.gate_shape, self.gate_init, dtype=torch.float32, device=self.weight.device
+            self.layout.gate_shape,
+            initial_gate(init, kind),
+            dtype=torch.float32,
+            device=self.weight.device,
         )
         self.register_parameter("gate", nn.Parameter(gate))
         clipping.track(self)
@@ -73,18 +90,13 @@ class GatedModule(nn.Module):
             PyTorch's generator: a checkpointed layer recomputes the same mask, unless
             ``preserve_rng_state=False`` has it draw another.
         """
-        weight, gate = self.weight, self.gate.detach() if self.frozen else self.gate
-        kind, seed, dtype = "threshold", None, weight.dtype
-        if self.gate_kind == "bernoulli" and self.training and not self.frozen:
-            kind = "bernoulli"
-            seed = torch.randint(0, 2**62, (1,), device=weight.device)
-            if distributed.is_available() and distributed.is_initialized():
-                if self.sync_noise:
-                    distributed.broadcast(seed, 0)
-                else:  # ranks often share a seed
-                    seed += distributed.get_rank() * _RANK_STRIDE % 2**62
+        weight, dtype = self.weight, self.weight.dtype
         if _autocast(weight.device.type) and dtype != torch.float64:  # it leaves fp64 alone
             dtype = torch.get_autocast_dtype(weight.device.type)
+        kind, seed = self._draw()
+        gate = self.gate.detach() if self.frozen else self.gate
+        if not self.reopens:  # gradient to open gates only
+            gate = torch.where(gate > 0.5, gate, gate.detach())
         return gate_weight(
             weight,
             gate,
@@ -94,6 +106,27 @@ class GatedModule(nn.Module):
             seed=seed,
             dtype=dtype,
         )
+
+    def _draw(self) -> tuple[str, torch.Tensor | None]:
+        """What kind of gates the next forward pass reads, and the seed with which it draws them."""
+        if self.frozen or self.gate_kind == "threshold":
+            return "threshold", None  # frozen gates are on either side of it, whatever their kind
+        if not self.training:
+            return "threshold" if self.gate_kind == "bernoulli" else self.gate_kind, None
+        seed = torch.randint(0, 2**62, (1,), device=self.weight.device)
+        if distributed.is_available() and distributed.is_initialized():
+            if self.sync_noise:
+                distributed.broadcast(seed, 0)
+            else:  # ranks often share a seed
+                seed += distributed.get_rank() * _RANK_STRIDE % 2**62
+        return self.gate_kind, seed
+
+    def optimizer_stepped(self) -> None:
+        """Called after each step of the optimizer that holds the gates."""
+        self.gate.clamp_(*gate_bounds(self.gate_kind))
+        if self.reopen_every > 1:
+            self._steps_done += 1
+            self.reopens = self._steps_done % self.reopen_every == 0
 
     def check_input(self, input: torch.Tensor) -> None:
         """Raise ``ValueError`` where dtypes of input and weight differ, outside autocast."""
@@ -106,18 +139,35 @@ class GatedModule(nn.Module):
     @torch.no_grad()
     def eval_weight(self) -> torch.Tensor:
         """The weight times its gates as eval reads them: in ``weight``'s dtype, detached."""
-        return gate_weight(self.weight, self.gate, self.gate_block, groups=self.layout.groups)
+        kind = "hard_concrete" if self.gate_kind == "hard_concrete" else "threshold"
+        groups = self.layout.groups
+        return gate_weight(self.weight, self.gate, self.gate_block, groups=groups, kind=kind)
 
     @torch.no_grad()
     def open_gates(self) -> torch.Tensor:
         """Which gates are open in eval, as bool in the gates' shape."""
-        return self.gate > 0.5
+        return open_gates(self.gate, self.gate_kind)
 
     @torch.no_grad()
-    def freeze(self) -> None:
-        """Set each gate to exactly 0 or 1 and closed weights to 0; gates train no more."""
-        is_open = self.open_gates()
-        self.gate.copy_(is_open)
+    def freeze(self, is_open: torch.Tensor | None = None) -> None:
+        """Fix each gate at fully open or closed and set closed weights to 0; gates train no more.
+
+        What a ``hard_concrete`` gate multiplied its weights with in eval goes into the weights;
+        where ``is_open`` opens one that eval closes, its chance of not being 0.
+
+        Args:
+            is_open: ``gate``'s shape bool; those that eval sees open if ``None``.
+        """
+        is_open = self.open_gates() if is_open is None else is_open
+        if self.gate_kind == "hard_concrete":
+            folded = self.eval_weight()
+            # what eval closes and `is_open` opens would be 0 for good: it keeps its chance's share
+            forced = is_open & ~self.open_gates()
+            share = torch.where(forced, open_chance(self.gate, self.gate_kind), 0.0)
+            share, forced = (expand_gates(t, self.layout) for t in (share, forced))
+            self.weight.copy_(torch.where(forced, self.weight * share, folded))
+        low, high = gate_bounds(self.gate_kind)
+        self.gate.copy_(torch.where(is_open, high, low))
         self.weight.copy_(self.eval_weight())
         self._set_frozen(True)
 
@@ -135,7 +185,7 @@ class GatedModule(nn.Module):
         """Initialise the weight as the dense layer does; thaw the gates, set them to ``init``."""
         super().reset_parameters()  # pyright: ignore[reportAttributeAccessIssue]
         if "gate" in self._parameters:
-            nn.init.constant_(self.gate, self.gate_init)
+            nn.init.constant_(self.gate, initial_gate(self.gate_init, self.gate_kind))
             self.thaw()
 
     def extra_repr(self) -> str:
@@ -174,7 +224,7 @@ class GatedModule(nn.Module):
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         # The clipped value is what every reader sees, so that writing it changes no result; `.data`
         # leaves the version counter alone, which a backward pass in between would trip over.
-        self.gate.data.clamp_(0, 1)
+        self.gate.data.clamp_(*gate_bounds(self.gate_kind))
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if hasattr(destination, "_metadata"):
             own = destination._metadata.setdefault(prefix[:-1], {})
@@ -187,16 +237,22 @@ class GatedModule(nn.Module):
         key, frozen = f"{prefix}gate", self.frozen
         if key in state_dict:
             gate = state_dict[key] = state_dict[key].float()
-            # a plain dict does not say; frozen gates stay so if those that come are 0 or 1 too
-            frozen = local_metadata.get(
-                "gate_frozen", frozen and bool(((gate == 0) | (gate == 1)).all())
-            )
+            # a plain dict does not say; frozen gates stay so if those that come are decided too
+            frozen = local_metadata.get("gate_frozen", frozen and self.decided(gate))
         elif f"{prefix}weight" in state_dict:  # a dense checkpoint
             device = state_dict[f"{prefix}weight"].device
-            state_dict[key] = torch.full_like(self.gate, self.gate_init, device=device)
+            first = initial_gate(self.gate_init, self.gate_kind)
+            state_dict[key] = torch.full_like(self.gate, first, device=device)
             frozen = False
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
         self._set_frozen(frozen)
+
+    def decided(self, gate: torch.Tensor) -> bool:
+        """Whether each of these values is one that frozen gates have; waits for the device."""
+        low, high = gate_bounds(self.gate_kind)
+        near = {"rtol": 1e-6, "atol": 0.0}  # a file may hold a bound rounded otherwise
+        bounds = [torch.full_like(gate, bound) for bound in (low, high)]
+        return bool(torch.stack([torch.isclose(gate, b, **near) for b in bounds]).any(0).all())
 
     def _apply(self, fn, recurse=True):
         gate = self.gate
@@ -220,8 +276,9 @@ class GatedLinear(GatedModule, nn.Linear):
     Args:
         in_features, out_features, bias, device, dtype: as for ``torch.nn.Linear``.
         block: ``(bn, bk)`` weights (out, in) that one gate covers; ``None`` is the whole dimension.
-        gate: ``"threshold"`` | ``"bernoulli"``.
-        init: first value of the gates, in (0.5, 1].
+        gate: ``"threshold"`` | ``"bernoulli"`` | ``"hard_concrete"``.
+        init: first value of the gates, in (0.5, 1]; of ``hard_concrete`` gates the chance that one
+            is drawn as exactly 1, in [0.7, 1].
 
     Raises:
         ValueError: a block, gate kind or ``init`` that is not allowed.
@@ -246,7 +303,17 @@ class GatedLinear(GatedModule, nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         self.check_input(input)
-        return nn.functional.linear(input, self.gated_weight(), self.bias)
+        kind, seed = self._draw()
+        return gated_linear(
+            input,
+            self.weight,
+            self.gate.detach() if self.frozen else self.gate,
+            self.bias,
+            self.gate_block,
+            kind=kind,
+            seed=seed,
+            reopen=self.reopens,
+        )
 
 
 class _GatedConv(GatedModule):
@@ -281,8 +348,9 @@ class GatedConv2d(_GatedConv, nn.Conv2d):
         block: ``(bn, bk)`` output and input channels that one gate covers, tap by tap and group by
             group; ``(1, None)`` is one gate per filter, ``(None, 1)`` one per input channel and
             group.
-        gate: ``"threshold"`` | ``"bernoulli"``.
-        init: first value of the gates, in (0.5, 1].
+        gate: ``"threshold"`` | ``"bernoulli"`` | ``"hard_concrete"``.
+        init: first value of the gates, in (0.5, 1]; of ``hard_concrete`` gates the chance that one
+            is drawn as exactly 1, in [0.7, 1].
 
     Raises:
         ValueError: a block, gate kind or ``init`` that is not allowed.
@@ -291,9 +359,14 @@ class GatedConv2d(_GatedConv, nn.Conv2d):
     dense_type = nn.Conv2d
 
 
+_OWN_NAMES = (
+    "gate_kind", "gate_block", "gate_init", "frozen", "sync_noise", "reopen_every", "reopens",
+    "_steps_done",
+)  # fmt: skip
+
 # What a gated or sparse layer adds to a layer; one that has such an attribute cannot become ours.
 ADDED_NAMES = (
-    "gate", "gate_kind", "gate_block", "gate_init", "frozen", "sync_noise",
+    "gate", *_OWN_NAMES,
     "values", "crow", "col", "ccol", "row", "perm", "row_order", "bits", "dense_weight",
 )  # fmt: skip
 
@@ -310,18 +383,30 @@ def check_gate_options(block: Block, kind: str, init: float) -> None:
     """Raise ``ValueError`` where a gated layer cannot be made of these."""
     gate_layout((1, 1), block)
     check_gate_kind(kind)
-    if not isinstance(init, (int, float)) or not 0.5 < init <= 1:
-        raise ValueError(f"init must be in (0.5, 1], so that every gate starts open, got {init}")
+    initial_gate(init, kind)
+
+
+def check_reopen_every(steps: int, kind: str) -> None:
+    """Raise ``ValueError`` unless gates of ``kind`` can reopen once in so many steps."""
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"reopen_every must be a number of steps >= 1, got {steps!r}")
+    if steps > 1 and kind != "threshold":
+        raise ValueError(f"reopen_every > 1 is for threshold gates, got {kind!r}: drawn ones open")
 
 
 def gate_layer(
-    layer: nn.Module, block: Block, kind: str, init: float, sync_noise: bool = False
+    layer: nn.Module,
+    block: Block,
+    kind: str,
+    init: float,
+    sync_noise: bool = False,
+    reopen_every: int = 1,
 ) -> None:
     """Turn a dense layer into the gated layer of its type, in place."""
     layer.__class__ = GATED_TYPES[type(layer)]
     assert isinstance(layer, GatedModule)
     layer.init_gates(block, kind, init)
-    layer.sync_noise = sync_noise
+    layer.sync_noise, layer.reopen_every = sync_noise, reopen_every
 
 
 @torch.no_grad()
@@ -331,7 +416,7 @@ def ungate_layer(layer: GatedModule, fold: bool) -> None:
         layer.weight.copy_(layer.eval_weight())
     clipping.untrack(layer)
     del layer.gate
-    for name in ("gate_kind", "gate_block", "gate_init", "frozen", "sync_noise"):
+    for name in _OWN_NAMES:
         layer.__dict__.pop(name, None)
     layer.__class__ = layer.dense_type  # pyright: ignore[reportAttributeAccessIssue]
 

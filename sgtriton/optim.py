@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+from sgtriton_kernels.kinds import gate_bounds
 from torch import nn
 from torch.optim.optimizer import Optimizer
 
@@ -29,7 +30,8 @@ def param_groups(
             rarely.
         gate_lr: learning rate of the gates. ``None``: ``lr``, which suits Adam and its relatives;
             under ``optimizer=torch.optim.SGD`` ``10 * lr / sqrt(weights per gate)``, since a gate's
-            gradient is a sum over its block.
+            gradient is a sum over its block. ``hard_concrete`` gates have ``2 log 100`` times as
+            far to go as others: times that, under SGD its square, as if they lay in [0, 1] too.
         optimizer: class that the groups are for.
 
     Returns:
@@ -50,10 +52,12 @@ def param_groups(
     for layer in layers:
         rate = gate_lr
         if rate is None:
-            rate = lr
+            low, high = gate_bounds(layer.gate_kind)
+            span = high - low
+            rate = lr * span
             if issubclass(optimizer, torch.optim.SGD):
                 weights_per_gate = layer.weight.numel() / max(layer.gate.numel(), 1)
-                rate = 10 * lr / math.sqrt(max(weights_per_gate, 1))
+                rate = 10 * lr / math.sqrt(max(weights_per_gate, 1)) * span**2
         gates_by_lr.setdefault(rate, []).append(layer.gate)
     gate_ids = {id(layer.gate) for layer in layers}
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in gate_ids]

@@ -27,6 +27,7 @@ from .layers import (
     GatedModule,
     check_gate_options,
     check_numbers,
+    check_reopen_every,
     gate_layer,
     named_gated_layers,
     ungate_layer,
@@ -63,6 +64,7 @@ def patch(
     include: Pattern = None,
     exclude: Pattern = None,
     sync_noise: bool = False,
+    reopen_every: int = 1,
 ) -> Model:
     """Put gates on the weights of a model's ``Linear``, ``Conv1d`` and ``Conv2d`` layers.
 
@@ -77,13 +79,16 @@ def patch(
             and get one more Parameter, ``gate``.
         block: ``(bn, bk)`` output and input features that one gate covers; ``(1, 1)`` is per
             weight, ``None`` the whole dimension; cut to the layer's size.
-        gate: ``"threshold"`` | ``"bernoulli"``.
-        init: first value of the gates, in (0.5, 1].
+        gate: ``"threshold"`` | ``"bernoulli"`` | ``"hard_concrete"``.
+        init: first value of the gates, in (0.5, 1]; of ``hard_concrete`` gates the chance that one
+            is drawn as exactly 1, in [0.7, 1].
         include: only these layers: glob patterns on qualified names (``"encoder.*"``), one or
             several, or a function ``(name, module) -> bool``. ``None`` is all.
         exclude: not these; as ``include``.
-        sync_noise: draw Bernoulli gates alike on all ranks of the default process group; each rank
-            draws its own otherwise.
+        sync_noise: draw gates alike on all ranks of the default process group; each rank draws its
+            own otherwise.
+        reopen_every: let closed gates move once in so many optimizer steps (``threshold`` only). On
+            the others their blocks cost nothing in backward, for gates that cover blocks.
 
     Returns:
         ``model``.
@@ -93,6 +98,7 @@ def patch(
             model that is wrapped for distributed training. The model is unchanged then.
     """
     check_gate_options(block, gate, init)
+    check_reopen_every(reopen_every, gate)
     _check_unwrapped(model)
     targets, skipped = find_layers(model)
     first = [*targets, *(s.name for s in skipped), *(n for n, _ in named_gated_layers(model))]
@@ -102,7 +108,7 @@ def patch(
     chosen = {n: m for n, m in targets.items() if wanted(n, m) and not unwanted(n, m)}
     for name, layer in chosen.items():
         log.info("%s: gated, block %s, %s", name, block, gate)
-        gate_layer(layer, block, gate, init, sync_noise)
+        gate_layer(layer, block, gate, init, sync_noise, reopen_every)
     for skip in skipped:
         log.info("%s: not gated: %s", skip.name, skip.reason)
     if chosen:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from sgtriton_kernels import coverage, sum_blocks
+from sgtriton_kernels.kinds import open_chance
 
 from .layers import GatedModule
 
@@ -43,15 +44,18 @@ def choose_open(
         :data:`TOLERANCE` or half the share of the largest block, for any ``density`` of at least
         :func:`lowest_density`.
     """
-    gates, sizes, magnitudes = [], [], []
+    gates, opens, sizes, magnitudes = [], [], [], []
     for layer in layers:
         covered = coverage(layer.layout).double().reshape(-1)
         magnitude = sum_blocks(layer.weight.detach().abs().double(), layer.layout).reshape(-1)
-        gates.append(layer.gate.detach().reshape(-1).double().clamp(0, 1).cpu())
+        gate = layer.gate.detach().reshape(-1).double()
+        gates.append(open_chance(gate, layer.gate_kind).cpu())
+        opens.append(layer.open_gates().reshape(-1).cpu())
         sizes.append(covered)
         magnitudes.append(magnitude.cpu() / covered)
     counts = [g.numel() for g in gates]
-    gate, size, magnitude = torch.cat(gates), torch.cat(sizes), torch.cat(magnitudes)
+    gate, was_open = torch.cat(gates), torch.cat(opens)
+    size, magnitude = torch.cat(sizes), torch.cat(magnitudes)
     layer_of = torch.repeat_interleave(torch.arange(len(layers)), torch.tensor(counts))
 
     order = magnitude.argsort(descending=True, stable=True)
@@ -60,7 +64,7 @@ def choose_open(
     chosen = torch.zeros(gate.numel(), dtype=torch.bool)
     if not allow_empty:
         best = _first_of_each_layer(order, layer_of, len(layers))
-        is_open = order[gate[order] > 0.5]
+        is_open = order[was_open[order]]
         best = _shrink(best, is_open, size, layer_of, budget)
         # shut blocks take the place of a learned one only where the landing would miss by too much
         most = budget + max(TOLERANCE * size.sum(), size.max() / 2)
@@ -70,7 +74,7 @@ def choose_open(
     reached += size[chosen].sum()
     chosen[rest[: int((reached - budget).abs().argmin())]] = True
     while (gap := budget - size[chosen].sum()) > TOLERANCE * size.sum():
-        opened = order[~chosen[order] & (gate[order] > 0.5) & (size[order] < 2 * gap)]
+        opened = order[~chosen[order] & was_open[order] & (size[order] < 2 * gap)]
         if not len(opened):
             break
         chosen[opened[(size[opened] - gap).abs().argmin()]] = True

@@ -27,7 +27,7 @@ class LayerSummary:
         kind: class name of the layer.
         shape: of its dense weight.
         block: ``(bn, bk)`` that one gate covers; ``None`` is the whole dimension.
-        gate_kind: ``"threshold"`` | ``"bernoulli"``.
+        gate_kind: ``"threshold"`` | ``"bernoulli"`` | ``"hard_concrete"``.
         sparsity: share of the weights that is closed.
         open_blocks, blocks: gates that are open, and all.
         form: how it computes: ``"gated"``, ``"sparse"``, ``"dense"``, or which of them when.

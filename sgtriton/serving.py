@@ -27,7 +27,8 @@ def sparsify(model: Model, form: str = "auto", dense_copy: bool = True) -> Model
     """Throw the closed weights of a gated model away, and serve what is left.
 
     Each gated layer becomes a :class:`BlockSparseLinear` (``BlockSparseConv1d``, ``-2d``) that
-    stores its open blocks only; a gate is open if it is above 0.5. In which form it computes is
+    stores its open blocks only, times the gate where that is a number (``hard_concrete``). A gate
+    is open as eval sees it: above 0.5, or a hard concrete one above 0. In which form it computes is
     chosen for each bucket of M (rows of x in all): the product over stored blocks, or the dense
     product with zeros filled in. Layers with per-weight gates and convolutions compute dense.
 
@@ -89,7 +90,7 @@ def stored_part(name: str, layer: nn.Module) -> StoredWeight:
         return layer.stored
     assert isinstance(layer, GatedModule)
     check_numbers(name, layer)
-    return StoredWeight.from_gated(layer.weight, layer.open_gates(), layer.layout)
+    return StoredWeight.from_gated(layer.eval_weight(), layer.open_gates(), layer.layout)
 
 
 @torch.no_grad()

@@ -26,6 +26,16 @@ def interleaved_ms(
     Returns:
         One median per candidate.
     """
+    return [statistics.median(taken) for taken in samples_ms(candidates, device, seconds, rounds)]
+
+
+def samples_ms(
+    candidates: Sequence[Callable[[], object]],
+    device: torch.device,
+    seconds: float = 0.1,
+    rounds: int = 5,
+) -> list[list[float]]:
+    """Milliseconds of one call of each candidate, sample by sample; see :func:`interleaved_ms`."""
     repeats = []
     for call in candidates:
         call()  # first calls compile and allocate
@@ -35,8 +45,8 @@ def interleaved_ms(
     end = time.perf_counter() + seconds
     while len(samples[0]) < rounds or time.perf_counter() < end:
         for call, repeat, taken in zip(candidates, repeats, samples, strict=True):
-            taken.append(_sample(call, repeat, device) / repeat)
-    return [1e3 * statistics.median(taken) for taken in samples]
+            taken.append(1e3 * _sample(call, repeat, device) / repeat)
+    return samples
 
 
 def _sample(call: Callable[[], object], repeats: int, device: torch.device) -> float:

@@ -5,8 +5,9 @@ from .blocks import GateLayout, coverage, expand_gates, gate_layout, sum_blocks
 from .bsr import BlockSparse
 from .bsr_matmul import bsr_linear, bsr_linear_ref
 from .gate import gate_weight, gate_weight_ref
+from .gated_linear import gated_linear, gated_linear_ref
 from .kinds import GATE_KINDS
-from .penalty import GatePenalties, gate_penalties
+from .penalty import GatePenalties, gate_penalties, gate_penalties_ref
 
 __all__ = [
     "GATE_KINDS",
@@ -19,8 +20,11 @@ __all__ = [
     "expand_gates",
     "gate_layout",
     "gate_penalties",
+    "gate_penalties_ref",
     "gate_weight",
     "gate_weight_ref",
+    "gated_linear",
+    "gated_linear_ref",
     "sum_blocks",
     "use_impl",
 ]

@@ -1,0 +1,274 @@
+"""Gated linear layer in library calls: what the ``torch`` implementation of ``gated_linear`` does.
+
+*multiply* forms the gated weight in a scratch buffer and multiplies by it. One buffer for each
+thread is kept between calls and reused by all layers: on a CPU, fresh memory of a weight's size
+costs more than the arithmetic on it. Nothing of it is saved for backward, which forms the gated
+weight again.
+
+*skip* multiplies block by block what is open. Tokens are laid out so that the columns that one
+block meets lie side by side; a product is then one small library call for each open block.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+
+from .bitmap import pack_bitmap, unpack_bitmap
+from .blocks import GateLayout, gate_layout, sum_blocks
+from .gate_torch import binarise, keep_open
+
+# Measured on two AVX2 cores with 32x32 blocks of a 4096x1024 weight and 512 rows of x.
+_CALL = 200_000  # what one more library call costs, in multiply-adds
+_RELAYOUT = 50  # the same for an element of x or y that is laid out anew
+_GAIN = 0.9  # by how much skipping must win
+_SMALLEST = 64  # weights of a block; a library call for fewer never pays
+_CHUNK = 1 << 20  # elements of dW at a time, where it need not exist as a whole
+
+_kept = threading.local()
+
+
+def forward(
+    x2: torch.Tensor,
+    w: torch.Tensor,
+    gate: torch.Tensor,
+    seed: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    bits: torch.Tensor,
+    layout: GateLayout,
+    method: str,
+) -> torch.Tensor:
+    """``x2 [M, K] @ (w * b)^T + bias``; drawn gates go into ``bits`` as well."""
+    is_open = None
+    if seed is not None:
+        is_open = binarise(gate, "bernoulli", seed)
+        bits.copy_(pack_bitmap(is_open))
+    if choose(method, gate, is_open, layout, len(x2)) == "skip":
+        pairs = _open_pairs(gate if is_open is None else is_open, is_open is None)
+        return _skip_fwd(x2, w, pairs, bias, layout)
+    return F.linear(x2, _gated(w, gate, is_open, layout, x2.dtype), bias)
+
+
+def backward(
+    dy2: torch.Tensor,
+    x2: torch.Tensor,
+    w: torch.Tensor,
+    gate: torch.Tensor,
+    bits: torch.Tensor,
+    layout: GateLayout,
+    method: str,
+    needs: tuple[bool, bool, bool],
+    reopen: bool,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """Gradients of ``x2``, ``w`` and ``gate``, those that are needed and perhaps more."""
+    is_open = unpack_bitmap(bits, gate.shape) if bits.numel() else None
+    need_dx, need_dw, need_dgate = needs
+    dx = dw = dgate = None
+    if choose(method, gate, is_open, layout, len(x2)) == "skip":
+        pairs = _open_pairs(gate if is_open is None else is_open, is_open is None)
+        if need_dx:
+            dx = _skip_dx(dy2, w, pairs, layout)
+        if need_dgate and reopen:
+            dw, dgate = _exact_dw(dy2, x2, w, pairs, layout)
+        elif need_dw or need_dgate:
+            dw, dgate = _sampled_dw(dy2, x2, w, gate, pairs, layout, need_dgate)
+        return dx, dw, dgate
+    if need_dx:
+        dx = dy2 @ _gated(w, gate, is_open, layout, dy2.dtype)
+    if need_dw or need_dgate:
+        dw, dgate = _masked_dw(dy2, x2, w, gate, is_open, layout, need_dgate)
+        if dgate is not None and not reopen:
+            dgate.masked_fill_(~(gate > 0.5 if is_open is None else is_open), 0)
+    return dx, dw, dgate
+
+
+def choose(
+    method: str, gate: torch.Tensor, is_open: torch.Tensor | None, layout: GateLayout, m: int
+) -> str:
+    """``"multiply"`` or ``"skip"``: as told, or whichever should be faster."""
+    if method != "auto":
+        return method if gate.numel() else "multiply"  # an empty layer has no blocks
+    bn, bk = layout.block
+    if bn * bk < _SMALLEST or gate.device.type != "cpu":  # counting would wait for the device
+        return "multiply"
+    n, k = layout.weight_shape
+    dense = _GAIN * m * n * k
+    fixed = _RELAYOUT * m * (n + k)
+    most = (dense - fixed) / (bn * bk * m + _CALL)  # open blocks
+    if most < 1:
+        return "multiply"
+    count = int((gate > 0.5 if is_open is None else is_open).count_nonzero())
+    return "skip" if count < most else "multiply"
+
+
+def scratch(count: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """``[count]`` elements that the next call of this thread uses again; on a CPU they are kept.
+
+    What is kept is as large as the largest weight that this thread has met, once for each dtype.
+    """
+    if device.type != "cpu":
+        return torch.empty(count, dtype=dtype, device=device)
+    buffer = _kept.__dict__.get(dtype)
+    if buffer is None or buffer.numel() < count:
+        with torch.inference_mode(False):  # training writes to what inference leaves behind
+            buffer = _kept.__dict__[dtype] = torch.empty(count, dtype=dtype)
+    return buffer if buffer.numel() == count else buffer[:count]
+
+
+def _gated(w, gate, is_open, layout: GateLayout, dtype: torch.dtype) -> torch.Tensor:
+    """The gated weight in the scratch buffer."""
+    n, k = layout.weight_shape
+    if w.is_contiguous() or not w.T.is_contiguous():
+        out = scratch(n * k, dtype, w.device).view(n, k)
+    else:  # laid out as the weight, so that the library takes the path of the dense layer
+        out = scratch(n * k, dtype, w.device).view(k, n).T
+    if w.dtype == dtype:
+        keep_open(w, gate, is_open, layout, out)
+    else:
+        out.copy_(w)
+        keep_open(out, gate, is_open, layout, out)
+    return out
+
+
+def _masked_dw(dy2, x2, w, gate, is_open, layout: GateLayout, need_dgate: bool):
+    """``dW`` and ``dgate`` from the dense product."""
+    d = dy2.T @ x2
+    wide = torch.promote_types(w.dtype, torch.float32)
+    dgate = None
+    if need_dgate and layout.per_weight:
+        dgate = torch.mul(d, w) if d.dtype == w.dtype == wide else d.to(wide) * w.to(wide)
+        dgate = dgate.to(gate.dtype)
+    elif need_dgate:
+        product = scratch(w.numel(), wide, w.device).view(w.shape)
+        torch.mul(d, w, out=product) if d.dtype == w.dtype else product.copy_(d).mul_(w)
+        dgate = sum_blocks(product, layout).to(gate.dtype)
+    dw = d if d.dtype == w.dtype else d.to(w.dtype)
+    keep_open(dw, gate, is_open, layout, dw)
+    return dw, dgate
+
+
+Pairs = list[tuple[int, int]]  # (block row, block column) of each open block
+
+
+def _open_pairs(gate: torch.Tensor, compare: bool) -> Pairs:
+    is_open = gate > 0.5 if compare else gate
+    return [(r, c) for r, c in is_open.nonzero().tolist()]
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """Sums run in it: a block's product is added to what is there."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+class _Blocked:
+    """Tokens ``[M, size]`` cut into columns of ``side``, each lying contiguously."""
+
+    def __init__(self, m: int, size: int, side: int, buffer: torch.Tensor):
+        self.full, self.side, tail = size // side, side, size % side
+        end = m * self.full * side
+        self.head = buffer[:end].view(self.full, m, side)
+        self.tail = buffer[end : end + m * tail].view(m, tail)
+        self.blocks = list(self.head.unbind())
+        if tail:
+            self.blocks.append(self.tail)
+
+    def read(self, t: torch.Tensor) -> list[torch.Tensor]:
+        end = self.full * self.side
+        self.head.copy_(t[:, :end].unflatten(1, (self.full, self.side)).transpose(0, 1))
+        self.tail.copy_(t[:, end:])
+        return self.blocks
+
+    def write(self, t: torch.Tensor) -> torch.Tensor:
+        end = self.full * self.side
+        t[:, :end].unflatten(1, (self.full, self.side)).copy_(self.head.transpose(0, 1))
+        t[:, end:].copy_(self.tail)
+        return t
+
+
+def _two_blocked(x2, layout: GateLayout) -> tuple[_Blocked, _Blocked]:
+    """Room for ``[M, K]`` and for ``[M, N]`` in the scratch buffer."""
+    (n, k), (bn, bk), m = layout.weight_shape, layout.block, len(x2)
+    buffer = scratch(m * (k + n), _wide(x2.dtype), x2.device)
+    return _Blocked(m, k, bk, buffer[: m * k]), _Blocked(m, n, bn, buffer[m * k :])
+
+
+def _blocks_of(w: torch.Tensor, layout: GateLayout) -> list[tuple[torch.Tensor, ...]]:
+    bn, bk = layout.block
+    return [row.split(bk, 1) for row in w.split(bn)]
+
+
+def _skip_fwd(x2, w, pairs: Pairs, bias, layout: GateLayout) -> torch.Tensor:
+    x_blocked, y_blocked = _two_blocked(x2, layout)
+    x, y, weight = x_blocked.read(x2), y_blocked.blocks, _blocks_of(w, layout)
+    wide = _wide(x2.dtype)
+    if bias is None:
+        y_blocked.head.zero_()
+        y_blocked.tail.zero_()
+    else:
+        for part, b in zip(y, bias.split(layout.block[0]), strict=True):
+            part.copy_(b)
+    for r, c in pairs:
+        y[r].addmm_(x[c], weight[r][c].t().to(x2.dtype).to(wide))
+    return y_blocked.write(x2.new_empty(len(x2), layout.weight_shape[0]))
+
+
+def _skip_dx(dy2, w, pairs: Pairs, layout: GateLayout) -> torch.Tensor:
+    dx_blocked, dy_blocked = _two_blocked(dy2, layout)
+    dx, dy, weight = dx_blocked.blocks, dy_blocked.read(dy2), _blocks_of(w, layout)
+    wide = _wide(dy2.dtype)
+    dx_blocked.head.zero_()
+    dx_blocked.tail.zero_()
+    for r, c in pairs:
+        dx[c].addmm_(dy[r], weight[r][c].to(dy2.dtype).to(wide))
+    return dx_blocked.write(dy2.new_empty(len(dy2), layout.weight_shape[1]))
+
+
+def _exact_dw(dy2, x2, w, pairs: Pairs, layout: GateLayout):
+    """The gradient of every gate, by the dense product; of ``dW`` the open blocks are kept."""
+    (n, k), (bn, bk) = layout.weight_shape, layout.block
+    wide = _wide(w.dtype)
+    dw = torch.zeros_like(w, memory_format=torch.contiguous_format)
+    kept, dgates = _blocks_of(dw, layout), []
+    rows = max(1, _CHUNK // max(k, 1) // bn) * bn
+    for start, size, here in _by_chunk(pairs, n, rows, bn):
+        part = slice(start, start + size)
+        d = scratch(size * k, dy2.dtype, w.device).view(size, k)
+        torch.mm(dy2.T[part], x2, out=d)
+        for r, c in here:
+            row = r * bn - start
+            kept[r][c].copy_(d[row : row + bn, c * bk : (c + 1) * bk])
+        product = d.mul_(w[part]) if d.dtype == w.dtype == wide else d.to(wide) * w[part]
+        dgates.append(sum_blocks(product, gate_layout((size, k), (bn, bk))))
+    return dw, torch.cat(dgates).to(torch.float32)
+
+
+def _by_chunk(pairs: Pairs, n: int, rows: int, bn: int) -> Iterator[tuple[int, int, Pairs]]:
+    i = 0
+    for start in range(0, n, rows):
+        first = i
+        while i < len(pairs) and pairs[i][0] * bn < start + rows:
+            i += 1
+        yield start, min(rows, n - start), pairs[first:i]
+
+
+def _sampled_dw(dy2, x2, w, gate, pairs: Pairs, layout: GateLayout, need_dgate: bool):
+    """Gradients at open blocks only; 0 elsewhere."""
+    x_blocked, dy_blocked = _two_blocked(x2, layout)
+    x, dy = x_blocked.read(x2), dy_blocked.read(dy2)
+    wide = _wide(w.dtype)
+    dw = torch.zeros_like(w, memory_format=torch.contiguous_format)
+    kept, weight = _blocks_of(dw, layout), _blocks_of(w, layout)
+    dgate = torch.zeros_like(gate) if need_dgate else None
+    sums = []
+    for r, c in pairs:
+        d = dy[r].t() @ x[c]
+        kept[r][c].copy_(d)
+        if dgate is not None:
+            sums.append(torch.dot(d.to(wide).flatten(), weight[r][c].to(wide).flatten()))
+    if dgate is not None and sums:
+        rows, cols = zip(*pairs, strict=True)
+        dgate[list(rows), list(cols)] = torch.stack(sums).to(gate.dtype)
+    return dw, dgate
