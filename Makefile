@@ -9,7 +9,7 @@ PIP_INSTALL = -m pip install --quiet --disable-pip-version-check
 PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
 PYTEST_NATIVE = TRITON_INTERPRET=0 OMP_NUM_THREADS=1 $(VENV_NATIVE)/bin/python -m pytest
 
-.PHONY: demo test test-native check format clean
+.PHONY: demo test test-native bench-train check format clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/python -m sgtriton demo --out $(OUT)
@@ -22,7 +22,15 @@ test: $(VENV)/.test
 # the kernels' tests again, compiled to native code by Triton's CPU compiler
 test-native: $(VENV_NATIVE)/.test
 	$(PYTEST_NATIVE) -n 2 --dist worksteal -m "not compiles" \
-	    tests/test_gate.py tests/test_penalty.py tests/test_bsr_matmul.py
+	    tests/test_gate.py tests/test_gate_bits.py tests/test_gated_linear.py \
+	    tests/test_gated_product.py tests/test_penalty.py tests/test_bsr_matmul.py
+
+# what a gated training step costs beside the dense one; then the kernels in native code
+bench-train: $(VENV)/.test $(VENV_NATIVE)/.test
+	OMP_NUM_THREADS=2 $(VENV)/bin/python -m bench training
+	OMP_NUM_THREADS=2 TRITON_INTERPRET=0 PYTHONPATH=.:kernels \
+	    $(VENV_NATIVE)/bin/python -m bench bandwidth
+	$(VENV)/bin/python -m bench report
 
 check: $(VENV)/.test
 	$(VENV)/bin/ruff format --check .

@@ -5,14 +5,17 @@ from __future__ import annotations
 import argparse
 import sys
 
-from . import accuracy, report
+from . import accuracy, bandwidth, compile_report, report, training
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="NAME")
     accuracy.add_command(commands)
+    bandwidth.add_command(commands)
     report.add_command(commands)
+    compile_report.add_command(commands)
+    training.add_command(commands)
     arguments = parser.parse_args()
     try:
         return arguments.run(arguments)

@@ -7,11 +7,9 @@ a row that the file has already is not trained again.
 from __future__ import annotations
 
 import argparse
-import csv
 import platform
-import subprocess
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,7 +20,7 @@ from sgtriton.demo.data import Digits, load_digits
 from sgtriton.demo.models import add_gates, make_model
 from sgtriton.demo.training import accuracy, steps_for, train
 
-RESULTS = Path(__file__).parent / "results"
+from .rows import RESULTS, append, commit, read
 
 
 @dataclass(frozen=True)
@@ -80,7 +78,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 def _run(arguments: argparse.Namespace) -> int:
     digits = load_digits(arguments.data)
     print(f"data    {digits.source}")
-    done = read(arguments.out)
+    done = read(arguments.out, Row)
     for seed in range(arguments.seeds):
         for cell in CELLS:
             where = (arguments.model, digits.dataset, seed, arguments.epochs)
@@ -132,38 +130,5 @@ def measure(name: str, digits: Digits, cell: Cell, seed: int, epochs: int) -> Ro
         sgtriton=sgtriton.__version__,
         torch=torch.__version__,
         python=platform.python_version(),
-        commit=_commit(),
+        commit=commit(),
     )
-
-
-def read(path: Path) -> list[Row]:
-    """Rows of a CSV that :func:`append` wrote; none if there is no file."""
-    if not path.exists():
-        return []
-    kinds = {"float": float, "int": int, "str": str}
-    with open(path, newline="", encoding="utf-8") as file:
-        return [
-            Row(**{f.name: kinds[str(f.type)](line[f.name]) for f in fields(Row)})
-            for line in csv.DictReader(file)
-        ]
-
-
-def append(path: Path, row: Row) -> None:
-    """Add a row at once: a stop loses no training that has ended."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    names = [f.name for f in fields(Row)]
-    is_new = not path.exists()
-    with open(path, "a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, names)
-        if is_new:
-            writer.writeheader()
-        writer.writerow({name: getattr(row, name) for name in names})
-
-
-def _commit() -> str:
-    """The commit that was measured, marked where tracked files differ from it."""
-    out = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--exclude=*"],
-        cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    return out.stdout.strip() or "unknown"

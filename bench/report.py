@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .accuracy import RESULTS, Row, read
+from . import bandwidth, training
+from .accuracy import Row
+from .rows import RESULTS, read
 
 PAGE = Path(__file__).parents[1] / "README_BENCH.md"
 
@@ -14,7 +16,7 @@ _HEAD = """# Measurements
 Written by `python -m bench report` from the CSVs in `bench/results`; edit neither by hand. Every
 figure was measured, beside what it is compared with; what is not here was not measured.
 
-**Not measured yet:** anything on a GPU; speed of training and of serving against other libraries.
+**Not measured yet:** anything on a GPU; speed of serving against other libraries.
 """
 
 _ACCURACY = """
@@ -27,6 +29,51 @@ that of the last step; test images chose nothing. Rerun: `python -m bench accura
 the four IDX files in `DIR` (rows that the CSV has are not trained again: move it away first).
 
 """
+
+_TRAINING = """
+## A gated training step beside the dense one
+
+One linear layer, forward and backward, fp32, `torch` implementation, {threads} threads of {cpu},
+PyTorch {torch}, commit {commit}; medians of candidates that took turns, the dense layer being 1.
+"Eager gating" is `F.linear(x, W * ste(g))`. "Saved" is what is kept for backward beside input and
+parameters. Per-weight gates: half are closed; blocks: {closed:.0%}. Each thread keeps one scratch
+buffer of the largest weight's size between calls, which is in no column. Gates and their optimizer
+state come on top: 4 bytes a gate, its gradient 4, Adam's moments 8. Rerun: `make bench-train`.
+
+"""
+
+_BANDWIDTH = """
+## Bandwidth of `gate_weight` in native CPU code
+
+Per-weight threshold gates on a {N}x{K} fp32 weight, Triton {triton} compiled for {cpu}, {threads}
+threads, commit {commit}; bytes that the result needs per second, beside `clone` in the same turns.
+Rerun: `make bench-train`.
+
+"""
+
+
+def training_table(rows: list[training.Row]) -> str:
+    """A Markdown table, one row a candidate at a shape."""
+    lines = [
+        "| M, N, K | gates | block | candidate | ms | dense = 1 | saved, bytes |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {r.M}, {r.N}, {r.K} | {r.gate} | {r.block} | {r.candidate} | {r.ms_p50:.2f} | "
+        f"{r.ratio:.2f} | {r.saved_bytes:,} |"
+        for r in rows
+    ]
+    return "\n".join(lines)
+
+
+def bandwidth_table(rows: list[bandwidth.Row]) -> str:
+    """A Markdown table, one row a pass and dtype."""
+    lines = ["| pass | result or gradient | GB/s | copy, GB/s | share |", "|---|---|---|---|---|"]
+    lines += [
+        f"| {r.pass_} | {r.dtype} | {r.gb_per_s:.1f} | {r.copy_gb_per_s:.1f} | {r.ratio:.0%} |"
+        for r in rows
+    ]
+    return "\n".join(lines)
 
 
 def accuracy_table(rows: list[Row]) -> str:
@@ -49,7 +96,7 @@ def accuracy_table(rows: list[Row]) -> str:
 def page() -> str:
     """The whole page, from what the results folder holds."""
     text = _HEAD
-    rows = [r for r in read(RESULTS / "accuracy.csv") if r.model == "lenet300"]
+    rows = [r for r in read(RESULTS / "accuracy.csv", Row) if r.model == "lenet300"]
     if rows:
         epochs = ", ".join(map(str, sorted({r.epochs for r in rows})))
         text += _ACCURACY.format(
@@ -59,6 +106,11 @@ def page() -> str:
             python=", ".join(sorted({r.python for r in rows})),
         )
         text += accuracy_table(rows) + "\n"
+    if steps := read(RESULTS / "training.csv", training.Row):
+        text += _TRAINING.format(**vars(steps[0]) | {"closed": training.CLOSED})
+        text += training_table(steps) + "\n"
+    if rates := read(RESULTS / "bandwidth.csv", bandwidth.Row):
+        text += _BANDWIDTH.format(**vars(rates[0])) + bandwidth_table(rates) + "\n"
     return text
 
 

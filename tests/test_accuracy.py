@@ -1,6 +1,6 @@
 import torch
 
-from bench import accuracy, report
+from bench import accuracy, report, rows
 from bench.accuracy import Cell
 from sgtriton.demo.data import Digits
 
@@ -14,13 +14,13 @@ def digits() -> Digits:
 
 def test_rows_survive_the_csv_and_land_on_the_target(tmp_path):
     path = tmp_path / "results" / "accuracy.csv"
-    assert accuracy.read(path) == []
-    rows = []
+    assert rows.read(path, accuracy.Row) == []
+    measured = []
     for cell in (Cell("none", "-", 0.0), Cell("threshold", "4x4", 0.9)):
-        rows.append(accuracy.measure("lenet300", digits(), cell, seed=0, epochs=2))
-        accuracy.append(path, rows[-1])
-    assert accuracy.read(path) == rows
-    dense, gated = rows
+        measured.append(accuracy.measure("lenet300", digits(), cell, seed=0, epochs=2))
+        rows.append(path, measured[-1])
+    assert rows.read(path, accuracy.Row) == measured
+    dense, gated = measured
     assert dense.sparsity == 0
     assert abs(gated.sparsity - 0.9) <= 0.005
     assert len(gated.open_per_layer.split()) == 3

@@ -1,0 +1,129 @@
+"""Bandwidth of ``gate_weight`` compiled to native CPU code, beside that of a copy.
+
+Needs Triton's CPU compiler (``make bench-train`` sets it up). One weight with per-weight gates;
+bytes are those that the result needs (:mod:`sgtriton_kernels.gate`). Both are compared with
+``clone``, which allocates its result as they do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from sgtriton_kernels import gate_layout, gate_weight
+from sgtriton_kernels._triton import INTERPRETED, why_not_triton
+from sgtriton_kernels.gate import _gate_weight_bwd, tile_for_gate_weight
+
+import sgtriton
+from sgtriton.tables import format_table
+from sgtriton.timing import samples_ms
+
+from .rows import RESULTS, commit, cpu, write
+
+SHAPE = (4096, 4096)
+GOAL = 0.7
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the CSV; ``ratio`` is to the copy's bandwidth in the same turns."""
+
+    pass_: str
+    dtype: str
+    N: int
+    K: int
+    ms_p50: float
+    gb_per_s: float
+    copy_gb_per_s: float
+    ratio: float
+    threads: int
+    samples: int
+    cpu: str
+    sgtriton: str
+    torch: str
+    triton: str
+    python: str
+    commit: str
+
+
+def measure(dtype: torch.dtype, seconds: float) -> list[Row]:
+    """Forward with a result in ``dtype`` and backward from a gradient in it."""
+    w, gate = torch.randn(SHAPE), torch.rand(SHAPE)
+    dout, layout = torch.randn(SHAPE).to(dtype), gate_layout(SHAPE, (1, 1))
+    tile, count, size = tile_for_gate_weight(layout, w.device), w.numel(), dtype.itemsize
+    passes = {
+        "forward": (
+            lambda: gate_weight(w, gate, dtype=dtype, impl="triton"),
+            (4 + 4 + size) * count,
+        ),
+        "backward": (
+            lambda: _gate_weight_bwd(dout, w, gate, None, layout, "threshold", True, tile),
+            (size + 4 + 4 + 4 + 4) * count,
+        ),
+    }
+    calls = [lambda: w.clone(), *(call for call, _ in passes.values())]
+    with torch.no_grad():
+        copy, *taken = samples_ms(calls, w.device, seconds, rounds=11)
+    copy_rate = 8 * count / statistics.median(copy) / 1e6
+    rows = []
+    for (name, (_, moved)), samples in zip(passes.items(), taken, strict=True):
+        ms = statistics.median(samples)
+        rows.append(
+            Row(
+                pass_=name,
+                dtype=str(dtype).removeprefix("torch."),
+                N=SHAPE[0], K=SHAPE[1],
+                ms_p50=round(ms, 3),
+                gb_per_s=round(moved / ms / 1e6, 2),
+                copy_gb_per_s=round(copy_rate, 2),
+                ratio=round(moved / ms / 1e6 / copy_rate, 3),
+                threads=torch.get_num_threads(),
+                samples=len(samples),
+                cpu=cpu(),
+                sgtriton=sgtriton.__version__,
+                torch=torch.__version__,
+                triton=_triton_version(),
+                python=platform.python_version(),
+                commit=commit(),
+            )
+        )  # fmt: skip
+    return rows
+
+
+def _triton_version() -> str:
+    from sgtriton_kernels._triton import triton
+
+    return triton.__version__
+
+
+def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add ``bandwidth`` to the command line."""
+    command = commands.add_parser("bandwidth", help="gate_weight in native code beside a copy")
+    command.add_argument("--seconds", type=float, default=10.0, help="for each dtype")
+    command.add_argument("--threads", type=int, default=2)
+    command.add_argument("--out", type=Path, default=RESULTS / "bandwidth.csv")
+    command.set_defaults(run=_run)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    reason = why_not_triton(torch.device("cpu"))
+    if reason or INTERPRETED:
+        raise ValueError(f"native code is needed: {reason or 'Triton is interpreted here'}")
+    torch.manual_seed(0)
+    torch.set_num_threads(arguments.threads)
+    rows = []
+    for dtype in (torch.float32, torch.bfloat16):
+        rows += measure(dtype, arguments.seconds)
+    write(arguments.out, rows)
+    headers = ["pass", "dtype", "ms", "GB/s", "copy GB/s", "share of copy"]
+    cells = [
+        [r.pass_, r.dtype, f"{r.ms_p50:.2f}", f"{r.gb_per_s:.1f}", f"{r.copy_gb_per_s:.1f}",
+         f"{r.ratio:.0%}"]
+        for r in rows
+    ]  # fmt: skip
+    print(format_table(headers, cells, align="llrrrr"))
+    return 0

@@ -1,0 +1,65 @@
+"""Rows of the CSVs in ``bench/results``: dataclasses, written and read by their fields."""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+RESULTS = Path(__file__).parent / "results"
+
+Row = TypeVar("Row")
+
+
+def read(path: Path, row_type: type[Row]) -> list[Row]:
+    """Rows of a CSV that this module wrote; none if there is no file."""
+    if not path.exists():
+        return []
+    kinds = {"float": float, "int": int, "str": str}
+    own: tuple[Any, ...] = fields(row_type)  # pyright: ignore[reportArgumentType]
+    with open(path, newline="", encoding="utf-8") as file:
+        return [
+            row_type(**{f.name: kinds[str(f.type)](line[f.name]) for f in own})
+            for line in csv.DictReader(file)
+        ]
+
+
+def append(path: Path, row: Any) -> None:
+    """Add a row at once: a stop loses nothing that was measured."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    names = [f.name for f in fields(row)]
+    is_new = not path.exists()
+    with open(path, "a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, names)
+        if is_new:
+            writer.writeheader()
+        writer.writerow({name: getattr(row, name) for name in names})
+
+
+def write(path: Path, rows: Sequence[Any]) -> None:
+    """Write a whole file, in place of the one before."""
+    path.unlink(missing_ok=True)
+    for row in rows:
+        append(path, row)
+
+
+def commit() -> str:
+    """The commit that was measured, marked where tracked files differ from it."""
+    out = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--exclude=*"],
+        cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return out.stdout.strip() or "unknown"
+
+
+def cpu() -> str:
+    """The processor's name, as the system says it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return "unknown"
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else "unknown"

@@ -1,0 +1,294 @@
+"""Every kernel that ships, as its launcher launches it: what the compile report compiles.
+
+Types, flags and tiles are not written down a second time: the launcher runs on tensors without
+data, and its launch is recorded instead of made.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest import mock
+
+import torch
+from sgtriton_kernels import bsr_matmul, gate, gate_bits, gated_product, penalty, tiles
+from sgtriton_kernels.blocks import Block, gate_layout
+from sgtriton_kernels.gate_bits import OpenBlocks
+from sgtriton_kernels.gated_linear import _tile as _gated_tile
+
+SIZE = 4096  # rows and columns of the weight
+ROWS = (16, 128, 512, 4096)  # of x
+_TYPES = {
+    torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16",
+    torch.int64: "i64", torch.int32: "i32", torch.uint8: "u8",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel, and what a launch says of its arguments."""
+
+    module: str
+    kernel: str
+    signature: dict[str, str]
+    constexprs: dict[str, Any]
+    num_warps: int
+    num_stages: int | None  # None: the compiler's own choice
+
+    def function(self):
+        """The kernel itself."""
+        return getattr(importlib.import_module(self.module), self.kernel)
+
+
+@dataclass(frozen=True)
+class Product:
+    """What a product of matrices multiplies.
+
+    Args:
+        half: whether its values have 16 bits, which takes matrix instructions.
+        left_rows: rows of the left operand.
+        left_direct: whether it must reach the matrix units without being written to shared memory.
+        copies: bytes of each tile that must be copied in pieces of 16 bytes, or of all that there
+            is for a thread; none where that is not asked for.
+    """
+
+    half: bool
+    left_rows: int
+    left_direct: bool
+    copies: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A launch, what it is called in the table, and what its code must hold.
+
+    Args:
+        op: the pass that launches it.
+        name: dtypes, gates, flags.
+        tile: as the table shows it.
+        rows: of ``x``, that get this tile; none where there is no ``x``.
+        product: ``None`` where no matrices are multiplied.
+        wide: accesses of 16 bytes that there are at least on NVIDIA's cards, ``narrow`` the others
+            at most; ``None``: not asked for.
+    """
+
+    op: str
+    name: str
+    tile: str
+    launch: Launch
+    rows: tuple[int, ...] = ()
+    product: Product | None = None
+    wide: int | None = None
+    narrow: int = 0
+
+
+def launch_of(run: Callable[[], object]) -> Launch:
+    """The launch of a kernel that ``run`` asks for; nothing runs on a device."""
+    from triton.runtime.jit import JITFunction
+
+    launches: list[Launch] = []
+
+    def record(kernel, *args, grid, warmup, **options):
+        values = dict(zip(kernel.arg_names, args, strict=False))
+        values |= {name: options.pop(name) for name in kernel.arg_names if name in options}
+        signature, constexprs = {}, {}
+        for parameter in kernel.params:
+            value = values[parameter.name]
+            if isinstance(value, torch.Tensor):
+                signature[parameter.name] = "*" + _TYPES[value.dtype]
+            elif parameter.is_constexpr or value is None:
+                signature[parameter.name], constexprs[parameter.name] = "constexpr", value
+            else:
+                assert parameter.do_not_specialize, parameter.name
+                signature[parameter.name] = "i32" if abs(value) < 1 << 31 else "i64"
+        warps, stages = options.pop("num_warps", 4), options.pop("num_stages", None)
+        assert not options, options
+        launches.append(
+            Launch(kernel.module, kernel.__name__, signature, constexprs, warps, stages)
+        )
+
+    with mock.patch.object(JITFunction, "run", record):
+        run()
+    (launch,) = launches
+    return launch
+
+
+def variants() -> list[Variant]:
+    """All of them, each once; ``rows`` says for which batches a tile is taken."""
+    found: dict[str, Variant] = {}
+    for variant in (*_elementwise(), *_gated_linear(), *_bsr_linear()):
+        key = repr((variant.op, variant.launch))
+        rows = found[key].rows if key in found else ()
+        found[key] = replace(found.get(key, variant), rows=rows + variant.rows)
+    return list(found.values())
+
+
+def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """A tensor without data; what the launchers ask of a device is answered as for a card."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _name(*parts: object) -> str:
+    return ", ".join(map(str, parts))
+
+
+def _elementwise() -> Iterator[Variant]:
+    kinds = (("threshold", False), ("bernoulli", True), ("hard_concrete", True))
+    for shape, block, some in (
+        ((SIZE, SIZE), (1, 1), kinds),
+        ((SIZE, SIZE), (32, 32), kinds),
+        ((SIZE, SIZE), (128, 128), kinds[:1]),
+        ((SIZE, SIZE), (None, 1), kinds[:1]),
+        ((64, 64, 3, 3), (16, 16), kinds[:1]),
+    ):
+        for kind, drawn in some:
+            yield from _gate_weight(shape, block, kind, drawn)
+    for gradient in (True, False):
+        yield _gate_penalties(gradient)
+    for kind in ("threshold", "bernoulli"):
+        run = functools.partial(
+            gate_bits.pack_gates, _empty(SIZE, SIZE), kind, _empty(1, dtype=torch.int64)
+        )
+        launch = launch_of(run)
+        yield Variant("pack_gates", kind, f"{launch.constexprs['BLOCK']} words", launch)
+
+
+def _gate_weight(shape: tuple[int, ...], block: Block, kind: str, drawn: bool) -> Iterator[Variant]:
+    layout = gate_layout(shape, block)
+    w, gates = _empty(*shape), _empty(*layout.gate_shape)
+    out = w.to(torch.bfloat16)
+    seed = _empty(1, dtype=torch.int64) if drawn else None
+    tile = gate.tile_for_gate_weight(layout, w.device)
+    text = f"{tile.BLOCK_R}x{tile.BLOCK_C} w{tile.num_warps}"
+    sides = "x".join("N" if side is None else str(side) for side in block)
+    name = _name(sides + (" conv" if len(shape) > 2 else ""), kind)
+    # narrow are the seed, and the gate and its sum where several weights share one
+    narrow = 1 + 2 * (block != (1, 1))
+    forward = functools.partial(
+        gate._gate_weight_fwd, w, gates, seed, layout, kind, out.dtype, tile
+    )
+    backward = functools.partial(
+        gate._gate_weight_bwd, out, w, gates, seed, layout, kind, True, tile
+    )
+    for op, run, tensors in (("gate_weight", forward, 2), ("gate_weight bwd", backward, 3)):
+        wide = tensors if len(shape) == 2 else None
+        yield Variant(op, name, text, launch_of(run), wide=wide, narrow=narrow)
+
+
+def _gate_penalties(gradient: bool) -> Variant:
+    # this launcher reads addresses, so its tensors are real ones
+    gates, n = [torch.zeros(SIZE)], SIZE
+    previous = torch.zeros(n // 8, dtype=torch.uint8) if gradient else None
+    block = penalty._block(torch.device("cuda"))
+    launch = launch_of(
+        lambda: penalty._gate_penalties_fwd(
+            gates, torch.ones(n), torch.ones(2), previous, [False], [False], gradient, block
+        )
+    )
+    name = "gradient, flips" if gradient else "value"
+    return Variant("gate_penalties", name, f"{block} gates", launch)
+
+
+def _gated_linear() -> Iterator[Variant]:
+    bf16, fp32 = torch.bfloat16, torch.float32
+    for which in ("fwd", "dx", "dw"):
+        for x_dtype, w_dtype in ((bf16, fp32), (bf16, bf16), (fp32, fp32)):
+            mixed = x_dtype != w_dtype  # the main case: of the others fewer blocks
+            fused, skip = [(1, 1)], [(64, 64)]
+            if mixed:
+                # closed gates of a block may reopen, for which dw needs closed weights too
+                fused.append((32, 32) if which == "dw" else (4, 4))
+                skip += [(16, 16), (32, 32), (128, 128)]
+            for m in ROWS:
+                for block in fused:
+                    yield _gated_product(which, False, block, m, x_dtype, w_dtype)
+                for block in skip:
+                    yield _gated_product(which, True, block, m, x_dtype, w_dtype)
+
+
+def _gated_product(
+    which: str,
+    skip: bool,
+    block: tuple[int, int],
+    m: int,
+    x_dtype: torch.dtype,
+    w_dtype: torch.dtype,
+) -> Variant:
+    layout = gate_layout((SIZE, SIZE), block)
+    rows, cols = layout.gate_shape
+    x2, dy2 = _empty(m, SIZE, dtype=x_dtype), _empty(m, SIZE, dtype=x_dtype)
+    w, bias = _empty(SIZE, SIZE, dtype=w_dtype), _empty(SIZE, dtype=x_dtype)
+    bits = _empty(rows, -(-cols // 32), dtype=torch.int32)
+    count, index = _empty(rows, dtype=torch.int32), _empty(rows, cols + 1, dtype=torch.int32)
+    lists = OpenBlocks(count, index, count, index)
+    tile = _gated_tile(f"skip_{which}" if skip else which, m, layout, w, x2)
+    gates = lists if skip else bits
+    if which == "fwd":
+        pass_ = gated_product.skip_fwd if skip else gated_product.fused_fwd
+        run = functools.partial(pass_, x2, w, gates, block, bias, tile)
+    elif which == "dx":
+        pass_ = gated_product.skip_dx if skip else gated_product.fused_dx
+        run = functools.partial(pass_, dy2, w, gates, block, tile)
+    else:
+        pass_ = gated_product.skip_dw if skip else gated_product.fused_dw
+        run = functools.partial(pass_, dy2, x2, w, bits, block, True, tile)
+    launch = launch_of(run)
+    flags = launch.constexprs
+    block_m, block_n, block_k = flags["BLOCK_M"], flags["BLOCK_N"], flags["BLOCK_K"]
+    if which == "dw":
+        left = block_n
+    elif flags["WEIGHT_LEFT"]:
+        left = block_n if which == "fwd" else block_k
+    else:
+        left = block_m
+    return Variant(
+        ("skip " if skip else "fused ") + which,
+        _name(_TYPES[x_dtype], f"w {_TYPES[w_dtype]}", "x".join(map(str, block))),
+        f"n{block_n} m{block_m} k{block_k} s{launch.num_stages} w{launch.num_warps}",
+        launch,
+        rows=(m,),
+        product=Product(
+            half=x_dtype.itemsize == 2,
+            left_rows=left,
+            left_direct=which != "dw" and not skip,
+        ),
+    )
+
+
+def _bsr_linear() -> Iterator[Variant]:
+    for dtype, sides in ((torch.bfloat16, (16, 32, 64, 128)), (torch.float32, (32, 64))):
+        for side in sides:
+            for m in ROWS:
+                yield _bsr_product(dtype, side, m)
+
+
+def _bsr_product(dtype: torch.dtype, side: int, m: int) -> Variant:
+    rows, nnz = SIZE // side, SIZE // side * 8
+    x2, values = _empty(m, SIZE, dtype=dtype), _empty(nnz, side, side, dtype=dtype)
+    index = functools.partial(_empty, dtype=torch.int32)
+    tile = tiles.tile_for_bsr_linear(m, (side, side), dtype)
+    launch = launch_of(
+        functools.partial(
+            bsr_matmul._bsr_linear_fwd,
+            x2, values, index(rows + 1), index(nnz + 1), index(rows),
+            _empty(SIZE, dtype=dtype), SIZE, "gelu", tile,
+        )
+    )  # fmt: skip
+    flags = launch.constexprs
+    block_m, block_n, block_k = flags["BLOCK_M"], flags["BLOCK_N"], flags["BLOCK_K"]
+    return Variant(
+        "bsr_linear",
+        _name(_TYPES[dtype], f"{side}x{side}"),
+        f"n{block_n} m{block_m} k{block_k} s{launch.num_stages} w{launch.num_warps}",
+        launch,
+        rows=(m,),
+        product=Product(
+            half=dtype.itemsize == 2,
+            left_rows=block_m,
+            left_direct=False,
+            copies=tuple(side * block_k * dtype.itemsize for side in (block_m, block_n)),
+        ),
+    )

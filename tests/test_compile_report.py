@@ -1,0 +1,144 @@
+import csv
+
+import pytest
+
+from bench import compile_report
+from bench.cards import Compiled
+from bench.variants import Launch, Product, Variant, variants
+
+LAUNCH = Launch("module", "kernel", {}, {}, num_warps=4, num_stages=2)
+
+
+def run(*arguments):
+    return compile_report.main(["--jobs", "1", *arguments])
+
+
+@pytest.mark.compiles
+def test_every_op_that_ships_is_there():
+    found = variants()
+    assert {variant.op for variant in found} == {
+        "gate_weight", "gate_weight bwd", "gate_penalties", "pack_gates", "bsr_linear",
+        "fused fwd", "fused dx", "fused dw", "skip fwd", "skip dx", "skip dw",
+    }  # fmt: skip
+    keys = [(v.op, repr(v.launch)) for v in found]
+    assert len(set(keys)) == len(keys)
+    for variant in found:
+        if variant.product is not None:
+            assert {"BLOCK_M", "BLOCK_N", "BLOCK_K"} <= set(variant.launch.constexprs)
+
+
+@pytest.mark.compiles
+def test_report_shows_and_writes_what_was_compiled(tmp_path, capsys):
+    path = tmp_path / "rows.csv"
+    arguments = ["--target", "sm_90", "--target", "gfx1100", "--op", "pack_gates"]
+    assert run(*arguments, "--csv", str(path)) == 0
+    out, err = capsys.readouterr()
+    assert "4 of 4 compiled" in err
+    assert "4 kernels compiled, 0 with violations" in out
+    for name in compile_report.COLUMNS.values():
+        assert name in out.splitlines()[0]
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["target"] for row in rows] == ["sm_90", "gfx1100"] * 2
+    for row in rows:
+        assert int(row["registers"]) > 0
+        assert row["spills"] == "0"
+        assert row["copy"] in ("4", "8", "16")
+        assert row["instruction"] == row["buffers"] == "-"  # no product, nothing to show
+
+
+@pytest.mark.compiles
+def test_report_reads_products(monkeypatch, capsys):
+    chosen = [
+        next(v for v in variants() if v.op == op and v.product.half and max(v.rows) > 64)
+        for op in ("fused fwd", "bsr_linear")
+    ]
+    gated, blocks = compile_report.report(chosen, ["sm_90"], jobs=1)
+    assert (gated.instruction, gated.left) == ("wgmma", "registers")
+    assert blocks.instruction == "wgmma"
+    for row, variant in zip((gated, blocks), chosen, strict=True):
+        stages = variant.launch.num_stages
+        assert stages is not None
+        assert max(map(int, row.buffers.split())) in (stages - 1, stages)
+        assert "16" in row.copy.split()
+        assert row.violations == ""
+
+    monkeypatch.setattr(compile_report, "variants", lambda: chosen[:1])
+    monkeypatch.setitem(compile_report.SHARED_LIMITS, "sm_90", 1024)
+    assert run("--target", "sm_90") == 1
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("fused fwd")
+    assert f"{gated.shared} bytes of shared memory, the card has 1024" in last
+
+
+CP_ASYNC = "cp.async.cg.shared.global [%r1], [%rd1], {:#x}, {:#x};"
+DOT = "ttng.warp_group_dot %a, %b, %c : {} * !ttg.memdesc<32x16xbf16, #shared, #smem> -> tensor<>"
+
+
+@pytest.mark.parametrize(
+    ("target", "change", "expected"),
+    [
+        ("sm_90", {}, []),
+        ("sm_90", {"spills": 8}, ["8 bytes spilled"]),
+        ("gfx942", {"assembly": "v_mfma", "spills": 8}, ["8 registers spilled"]),
+        ("sm_86", {"assembly": "mma.sync", "shared": 101377}, [
+            "101377 bytes of shared memory, the card has 101376"]),
+        ("sm_90", {"assembly": ""}, ["no matrix instruction instead of wgmma"]),
+        ("sm_90", {"assembly": "mma.sync"}, ["mma.sync instead of wgmma"]),
+        ("sm_100", {"assembly": "mma.sync"}, [
+            "mma.sync instead of tcgen05.mma", "left operand in registers instead of tensor memory"
+        ]),
+        ("sm_90", {"ttgir": DOT.format("!ttg.memdesc<64x32xbf16, #shared, #smem>")}, [
+            "left operand in shared memory instead of registers"]),
+    ],
+)  # fmt: skip
+def test_violations_of_products(target, change, expected):
+    product = Product(half=True, left_rows=64, left_direct=True)
+    variant = Variant("op", "name", "tile", LAUNCH, product=product)
+    given = {
+        "assembly": "wgmma", "shared": 1024, "spills": 0, "registers": 64,
+        "ttgir": DOT.format("tensor<64x32xbf16, #ttg.dot_op<{opIdx = 0}>>"),
+    }  # fmt: skip
+    found = list(compile_report.violations(variant, target, Compiled(**given | change)))
+    assert found == expected
+
+
+def test_violations_of_copies_and_accesses():
+    def found(variant, assembly):
+        code = Compiled(assembly, shared=0, spills=0, registers=32)
+        return list(compile_report.violations(variant, "sm_80", code))
+
+    product = Product(half=False, left_rows=16, left_direct=False, copies=(4096, 1024))
+    variant = Variant("op", "name", "tile", LAUNCH, product=product)
+    both = CP_ASYNC.format(16, 16) + "\n" + CP_ASYNC.format(8, 8)
+    assert found(variant, both) == []
+    assert found(variant, CP_ASYNC.format(4, 4)) == [
+        "tiles copied in pieces of 4 bytes instead of 16 8"
+    ]
+
+    variant = Variant("op", "name", "tile", LAUNCH, wide=2, narrow=1)
+    load = "ld.global.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd1 + 0 ];\n"
+    store = "st.global.L1::evict_last.v4.b32 [ %rd2 + 0 ], { %r1, %r2, %r3, %r4 };\n"
+    assert found(variant, load + store + "ld.global.b64 { %rd1 }, [ %rd3 + 0 ];\n") == []
+    assert found(variant, load + "st.global.b32 [ %rd2 + 0 ], { %r1 };\n") == [
+        "1 accesses of 16 bytes and 1 narrower ones instead of at least 2 and at most 1"
+    ]
+
+
+def test_widths_of_amd_accesses():
+    text = "global_load_dwordx4 v[0:3]\n buffer_load_ushort v1\n global_store_b64 v2\n"
+    code = Compiled(text, shared=0, spills=0, registers=32)
+    assert code.loads == (16, 2)
+    assert code.accesses == (16, 2, 8)
+
+
+def test_where_nothing_can_be_compiled_one_line_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(compile_report, "why_not", lambda: "no compiler")
+    assert run() == 2
+    assert capsys.readouterr().err == "bench: error: no compiler\n"
+
+
+@pytest.mark.compiles
+def test_an_unknown_op_is_refused(capsys):
+    assert run("--op", "nothing") == 2
+    assert "--op must be one of gate_weight" in capsys.readouterr().err
