@@ -17,7 +17,7 @@ import torch
 from sgtriton_kernels import bsr_matmul, gate, gate_bits, gated_product, penalty, tiles
 from sgtriton_kernels.blocks import Block, gate_layout
 from sgtriton_kernels.gate_bits import OpenBlocks
-from sgtriton_kernels.gated_linear import _tile as _gated_tile
+from sgtriton_kernels.gated_matmul import _tile as _gated_tile
 
 SIZE = 4096  # rows and columns of the weight
 ROWS = (16, 128, 512, 4096)  # of x

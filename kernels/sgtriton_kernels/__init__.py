@@ -5,7 +5,7 @@ from .blocks import GateLayout, coverage, expand_gates, gate_layout, sum_blocks
 from .bsr import BlockSparse
 from .bsr_matmul import bsr_linear, bsr_linear_ref
 from .gate import gate_weight, gate_weight_ref
-from .gated_linear import gated_linear, gated_linear_ref
+from .gated_matmul import gated_linear, gated_linear_ref
 from .kinds import GATE_KINDS
 from .penalty import GatePenalties, gate_penalties, gate_penalties_ref
 

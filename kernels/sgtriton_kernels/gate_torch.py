@@ -62,7 +62,8 @@ def keep_open(
     Args:
         values: ``layout.weight_shape``, dtype of ``out``, any strides.
         gate: ``layout.gate_shape`` fp32.
-        is_open: bool like ``gate``; what lies above 0.5 if ``None``.
+        is_open: bool like ``gate``; what lies above 0.5 if ``None``, and NaN then: whoever reads
+            gates in bulk looks for NaN first.
     """
     if is_open is None and values.dtype == gate.dtype:
         # grad where input > threshold, else 0: one vectorised pass that PyTorch has for ReLU
