@@ -195,34 +195,62 @@ def _two_blocked(x2, layout: GateLayout) -> tuple[_Blocked, _Blocked]:
     return _Blocked(m, k, bk, buffer[: m * k]), _Blocked(m, n, bn, buffer[m * k :])
 
 
-def _blocks_of(w: torch.Tensor, layout: GateLayout) -> list[tuple[torch.Tensor, ...]]:
+class _Blocks:
+    """The blocks of a matrix, as views: made when asked for, since most are closed."""
+
+    def __init__(self, matrix: torch.Tensor, layout: GateLayout):
+        bn, self.bk = layout.block
+        self.rows, self.k = matrix.split(bn), matrix.shape[1]
+
+    def at(self, r: int, c: int) -> torch.Tensor:
+        start = c * self.bk
+        return self.rows[r].narrow(1, start, min(self.bk, self.k - start))
+
+
+def _open_blocks(w: torch.Tensor, pairs: Pairs, layout: GateLayout) -> list[torch.Tensor]:
+    """The open blocks, each contiguous: rows of a weight often lie a power of two apart, where a
+    cache holds few of them.
+    """
+    n, k = layout.weight_shape
+    if not pairs or n % layout.block[0] or k % layout.block[1]:
+        blocks = _Blocks(w, layout)
+        return [blocks.at(r, c).contiguous() for r, c in pairs]
+    return list(_by_block(w, layout)[_indices(pairs)].unbind())
+
+
+def _by_block(matrix: torch.Tensor, layout: GateLayout) -> torch.Tensor:
+    """``[block rows, block columns, bn, bk]``, a view; for blocks that cut evenly."""
     bn, bk = layout.block
-    return [row.split(bk, 1) for row in w.split(bn)]
+    return matrix.unflatten(0, (-1, bn)).unflatten(2, (-1, bk)).transpose(1, 2)
+
+
+def _indices(pairs: Pairs) -> tuple[list[int], list[int]]:
+    return [r for r, _ in pairs], [c for _, c in pairs]
 
 
 def _skip_fwd(x2, w, pairs: Pairs, bias, layout: GateLayout) -> torch.Tensor:
     x_blocked, y_blocked = _two_blocked(x2, layout)
-    x, y, weight = x_blocked.read(x2), y_blocked.blocks, _blocks_of(w, layout)
-    wide = _wide(x2.dtype)
+    x, y = x_blocked.read(x2), y_blocked.blocks
+    weight = _open_blocks(w.to(x2.dtype), pairs, layout)
     if bias is None:
         y_blocked.head.zero_()
         y_blocked.tail.zero_()
     else:
         for part, b in zip(y, bias.split(layout.block[0]), strict=True):
             part.copy_(b)
-    for r, c in pairs:
-        y[r].addmm_(x[c], weight[r][c].t().to(x2.dtype).to(wide))
+    for (r, c), block in zip(pairs, weight, strict=True):
+        y[r].addmm_(x[c], block.t().to(y[r].dtype))
     return y_blocked.write(x2.new_empty(len(x2), layout.weight_shape[0]))
 
 
 def _skip_dx(dy2, w, pairs: Pairs, layout: GateLayout) -> torch.Tensor:
     dx_blocked, dy_blocked = _two_blocked(dy2, layout)
-    dx, dy, weight = dx_blocked.blocks, dy_blocked.read(dy2), _blocks_of(w, layout)
-    wide = _wide(dy2.dtype)
+    dx, dy = dx_blocked.blocks, dy_blocked.read(dy2)
+    weight = _open_blocks(w.to(dy2.dtype), pairs, layout)
     dx_blocked.head.zero_()
     dx_blocked.tail.zero_()
-    for r, c in pairs:
-        dx[c].addmm_(dy[r], weight[r][c].to(dy2.dtype).to(wide))
+    for (r, c), block in zip(pairs, weight, strict=True):
+        dx[c].addmm_(dy[r], block.to(dy[r].dtype))
     return dx_blocked.write(dy2.new_empty(len(dy2), layout.weight_shape[1]))
 
 
@@ -231,7 +259,7 @@ def _exact_dw(dy2, x2, w, pairs: Pairs, layout: GateLayout):
     (n, k), (bn, bk) = layout.weight_shape, layout.block
     wide = _wide(w.dtype)
     dw = torch.zeros_like(w, memory_format=torch.contiguous_format)
-    kept, dgates = _blocks_of(dw, layout), []
+    kept, dgates = _Blocks(dw, layout), []
     rows = max(1, _CHUNK // max(k, 1) // bn) * bn
     for start, size, here in _by_chunk(pairs, n, rows, bn):
         part = slice(start, start + size)
@@ -239,7 +267,7 @@ def _exact_dw(dy2, x2, w, pairs: Pairs, layout: GateLayout):
         torch.mm(dy2.T[part], x2, out=d)
         for r, c in here:
             row = r * bn - start
-            kept[r][c].copy_(d[row : row + bn, c * bk : (c + 1) * bk])
+            kept.at(r, c).copy_(d[row : row + bn, c * bk : (c + 1) * bk])
         product = d.mul_(w[part]) if d.dtype == w.dtype == wide else d.to(wide) * w[part]
         dgates.append(sum_blocks(product, gate_layout((size, k), (bn, bk))))
     return dw, torch.cat(dgates).to(torch.float32)
@@ -260,15 +288,27 @@ def _sampled_dw(dy2, x2, w, gate, pairs: Pairs, layout: GateLayout, need_dgate: 
     x, dy = x_blocked.read(x2), dy_blocked.read(dy2)
     wide = _wide(w.dtype)
     dw = torch.zeros_like(w, memory_format=torch.contiguous_format)
-    kept, weight = _blocks_of(dw, layout), _blocks_of(w, layout)
-    dgate = torch.zeros_like(gate) if need_dgate else None
-    sums = []
-    for r, c in pairs:
-        d = dy[r].t() @ x[c]
-        kept[r][c].copy_(d)
-        if dgate is not None:
-            sums.append(torch.dot(d.to(wide).flatten(), weight[r][c].to(wide).flatten()))
-    if dgate is not None and sums:
-        rows, cols = zip(*pairs, strict=True)
-        dgate[list(rows), list(cols)] = torch.stack(sums).to(gate.dtype)
+    n, k = layout.weight_shape
+    if n % layout.block[0] or k % layout.block[1]:
+        kept = _Blocks(dw, layout)
+        products = [dy[r].t() @ x[c] for r, c in pairs]
+        for (r, c), d in zip(pairs, products, strict=True):
+            kept.at(r, c).copy_(d)
+    else:
+        d = torch.empty(len(pairs), *layout.block, dtype=_wide(x2.dtype), device=w.device)
+        products = list(d.unbind())
+        for (r, c), out in zip(pairs, products, strict=True):
+            torch.mm(dy[r].t(), x[c], out=out)
+        if pairs:
+            _by_block(dw, layout)[_indices(pairs)] = d.to(dw.dtype)
+    if not need_dgate:
+        return dw, None
+    dgate = torch.zeros_like(gate)
+    weight = _open_blocks(w, pairs, layout)
+    sums = [
+        torch.dot(d.to(wide).flatten(), block.to(wide).flatten())
+        for d, block in zip(products, weight, strict=True)
+    ]
+    if sums:
+        dgate[_indices(pairs)] = torch.stack(sums).to(gate.dtype)
     return dw, dgate
