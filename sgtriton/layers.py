@@ -250,9 +250,10 @@ class GatedModule(nn.Module):
     def decided(self, gate: torch.Tensor) -> bool:
         """Whether each of these values is one that frozen gates have; waits for the device."""
         low, high = gate_bounds(self.gate_kind)
-        near = {"rtol": 1e-6, "atol": 0.0}  # a file may hold a bound rounded otherwise
         bounds = [torch.full_like(gate, bound) for bound in (low, high)]
-        return bool(torch.stack([torch.isclose(gate, b, **near) for b in bounds]).any(0).all())
+        # a file may hold a bound rounded otherwise
+        at_one = torch.stack([torch.isclose(gate, b, rtol=1e-6, atol=0.0) for b in bounds])
+        return bool(at_one.any(0).all())
 
     def _apply(self, fn, recurse=True):
         gate = self.gate

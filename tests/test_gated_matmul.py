@@ -773,7 +773,7 @@ def test_closed_gates_move_on_each_third_step_only(conv):
             "l1": gate_penalty(model, l1=0.1),
             "bimodal": gate_penalty(model, bimodal=0.1),
         }
-        gates = [layer.gate for layer in layers]
+        gates: list[torch.Tensor] = [layer.get_parameter("gate") for layer in layers]
         for name, loss in losses.items():
             for gate, grad in zip(
                 gates, torch.autograd.grad(loss, gates, retain_graph=True), strict=True

@@ -15,7 +15,7 @@ from torch import nn
 import sgtriton
 from sgtriton import SparsityController
 from sgtriton.control import gate_penalty
-from sgtriton.layers import gated_layers
+from sgtriton.layers import GatedLinear, gated_layers
 
 KIND = "hard_concrete"
 LOW, HIGH = gate_bounds(KIND)
@@ -80,6 +80,7 @@ def test_eval_multiplies_by_the_gates():
     model = hard_model().eval()
     x, _ = problem()
     layer = model[0]
+    assert isinstance(layer, GatedLinear)
     z = eval_gates(layer.gate.detach(), KIND).repeat_interleave(4, 0).repeat_interleave(4, 1)
     assert_exact("weight", layer.eval_weight(), layer.weight * z)
     expected = nn.functional.linear(x, layer.weight * z, layer.bias)

@@ -2,6 +2,7 @@ import torch
 from torch import nn
 
 from bench import rows, training
+from sgtriton import GatedLinear
 
 
 def test_rows_of_every_candidate_survive_the_csv(tmp_path):
@@ -41,9 +42,14 @@ def test_all_candidates_of_a_shape_compute_what_their_gates_say():
 def test_a_cycle_of_steps_lets_gates_reopen_once():
     layer = training.per_block((8, 64, 96))[f"sgtriton, reopen_every={training.CYCLE}"]
     x, dy = torch.randn(8, 96, requires_grad=True), torch.randn(8, 64)
-    is_closed, moved = layer.gate <= 0.5, []
+    assert isinstance(layer, GatedLinear)
+    gate, moved = layer.gate, []
     step = training.make_step(layer, x, dy)
-    training._whole_cycle(
-        layer, lambda: (step(), moved.append(bool(layer.gate.grad[is_closed].any())))
-    )()
+
+    def watched():
+        step()
+        assert gate.grad is not None
+        moved.append(bool(gate.grad[gate <= 0.5].any()))
+
+    training._whole_cycle(layer, watched)()
     assert moved == [True] + [False] * (training.CYCLE - 1)
