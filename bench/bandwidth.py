@@ -8,24 +8,21 @@ bytes are those that the result needs (:mod:`sgtriton_kernels.gate`). Both are c
 from __future__ import annotations
 
 import argparse
-import platform
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from sgtriton_kernels import gate_layout, gate_weight
-from sgtriton_kernels._triton import INTERPRETED, why_not_triton
+from sgtriton_kernels._triton import INTERPRETED, triton, why_not_triton
 from sgtriton_kernels.gate import _gate_weight_bwd, tile_for_gate_weight
 
-import sgtriton
 from sgtriton.tables import format_table
 from sgtriton.timing import samples_ms
 
-from .rows import RESULTS, commit, cpu, write
+from .rows import RESULTS, circumstances, write
 
 SHAPE = (4096, 4096)
-GOAL = 0.7
 
 
 @dataclass(frozen=True)
@@ -81,23 +78,12 @@ def measure(dtype: torch.dtype, seconds: float) -> list[Row]:
                 gb_per_s=round(moved / ms / 1e6, 2),
                 copy_gb_per_s=round(copy_rate, 2),
                 ratio=round(moved / ms / 1e6 / copy_rate, 3),
-                threads=torch.get_num_threads(),
                 samples=len(samples),
-                cpu=cpu(),
-                sgtriton=sgtriton.__version__,
-                torch=torch.__version__,
-                triton=_triton_version(),
-                python=platform.python_version(),
-                commit=commit(),
+                triton=triton.__version__,
+                **circumstances(),
             )
         )  # fmt: skip
     return rows
-
-
-def _triton_version() -> str:
-    from sgtriton_kernels._triton import triton
-
-    return triton.__version__
 
 
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

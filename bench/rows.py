@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import csv
+import platform
 import subprocess
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
+
+import torch
+
+import sgtriton
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -53,6 +58,18 @@ def commit() -> str:
         cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
     )  # fmt: skip
     return out.stdout.strip() or "unknown"
+
+
+def circumstances() -> dict[str, Any]:
+    """The fields that say where and with what a row of timings was measured."""
+    return {
+        "threads": torch.get_num_threads(),
+        "cpu": cpu(),
+        "sgtriton": sgtriton.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": commit(),
+    }
 
 
 def cpu() -> str:

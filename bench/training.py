@@ -9,7 +9,6 @@ package.
 from __future__ import annotations
 
 import argparse
-import platform
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,12 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import sgtriton
 from sgtriton.layers import GatedLinear
 from sgtriton.tables import format_table
 from sgtriton.timing import samples_ms
 
-from .rows import RESULTS, commit, cpu, write
+from .rows import RESULTS, circumstances, write
 
 SHAPES = ((512, 4096, 1024), (2048, 1024, 1024), (128, 1024, 4096), (128, 300, 784))
 BLOCK_SHAPE = (512, 4096, 1024)
@@ -179,13 +177,8 @@ def measure(
                 ms_p20=round(p20, 3), ms_p50=round(p50, 3), ms_p80=round(p80, 3),
                 ratio=round(p50 / dense, 3),
                 saved_bytes=saved_bytes(layer, x),
-                threads=torch.get_num_threads(),
                 samples=len(taken),
-                cpu=cpu(),
-                sgtriton=sgtriton.__version__,
-                torch=torch.__version__,
-                python=platform.python_version(),
-                commit=commit(),
+                **circumstances(),
             )
         )  # fmt: skip
     return rows

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["INTERPRETED", "device_of", "tl", "triton", "why_not_triton"]
+__all__ = ["INTERPRETED", "device_of", "is_native", "tl", "triton", "why_not_triton"]
 
 try:
     import triton
@@ -63,6 +63,11 @@ def _compiles_for_cpu() -> bool:
         return triton.runtime.driver.active.get_current_target().backend == "cpu"
     except Exception:  # no driver at all
         return False
+
+
+def is_native(device: torch.device) -> bool:
+    """Whether kernels on ``device`` are compiled to CPU code, whose compiler unrolls a tile."""
+    return device.type == "cpu" and not INTERPRETED
 
 
 def device_of(t: torch.Tensor) -> contextlib.AbstractContextManager[Any]:

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ._bf16 import round_to_bf16, soft_bf16
 from ._impl import resolve_impl
-from ._ops import add_op_namespace_prefix
+from ._ops import add_op_namespace_prefix, ops
 from ._triton import device_of, tl, triton
 from .bsr import BlockSparse
 from .tiles import MAX_BLOCK_N, Tile, tile_for_bsr_linear
@@ -430,10 +430,7 @@ def _backward(ctx, dout):
 _bsr_linear_op.register_autograd(_backward)
 
 
-_NAMESPACE, _NAME = add_op_namespace_prefix("bsr_linear").split("::")
-
-
-@register_flop_formula(getattr(getattr(torch.ops, _NAMESPACE), _NAME))
+@register_flop_formula(ops.bsr_linear)
 def _bsr_linear_flops(x_shape, values_shape, *args, out_shape=None, **kwargs) -> int:
     """Two per stored weight and row of ``x``."""
     nnz, bn, bk = values_shape

@@ -42,8 +42,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ._bf16 import round_to_bf16, soft_bf16
 from ._impl import resolve_impl
-from ._ops import add_op_namespace_prefix
-from ._triton import INTERPRETED, device_of, tl, triton
+from ._ops import add_op_namespace_prefix, ops
+from ._triton import device_of, is_native, tl, triton
 from .blocks import Block, GateLayout, gate_layout
 from .gate_torch import binarise as binarise
 from .gate_torch import draw_hard_concrete as draw_hard_concrete
@@ -368,7 +368,7 @@ def tile_for_gate_weight(layout: GateLayout, device: torch.device) -> GateTile:
     """
     sizes, per_column = _sizes(layout)
     rows, cols = triton.next_power_of_2(sizes.BN), triton.next_power_of_2(sizes.BK)
-    if _native(device):
+    if is_native(device):
         if layout.per_weight:
             return GateTile(1, 32, 1, 1)  # wider tiles outgrow the registers
         return GateTile(4, 16, min(-(-sizes.BN // 4), 16), 1)
@@ -394,7 +394,7 @@ def _launch(
         "PER_COLUMN": per_column,
         "UNIT_STEP": sizes.T == 1,
         "ALIGNED": sizes.T == 1 and sizes.K % 16 == 0 and sizes.BK % 16 == 0,
-        "EVEN": _native(device)
+        "EVEN": is_native(device)
         and sizes.BK % tile.BLOCK_C == sizes.BN % (tile.BLOCK_R * tile.STEPS) == 0
         and sizes.K % sizes.BK == sizes.ROWS % sizes.BN == 0,
         "HARD_CONCRETE": kind == "hard_concrete",
@@ -407,15 +407,30 @@ def _launch(
 def _kernel_dtype(dtype: torch.dtype, layout: GateLayout, device: torch.device) -> torch.dtype:
     """What the kernels read and store: strided bf16 needs what gcc before 13 lacks on the CPU."""
     strided = _sizes(layout)[0].T > 1
-    return torch.float32 if strided and _native(device) and dtype == torch.bfloat16 else dtype
+    return torch.float32 if strided and is_native(device) and dtype == torch.bfloat16 else dtype
 
 
 def _for_kernel(t: torch.Tensor, layout: GateLayout) -> torch.Tensor:
     return t.to(_kernel_dtype(t.dtype, layout, t.device))
 
 
-def _native(device: torch.device) -> bool:
-    return device.type == "cpu" and not INTERPRETED
+def gate_weight_fwd(
+    w, gate, seed, layout: GateLayout, kind: str, dtype: torch.dtype, impl: str, tile=None
+) -> torch.Tensor:
+    """The gated weight by either implementation, outside of autograd."""
+    if impl == "torch":
+        return gate_weight_fwd_torch(w, gate, seed, layout, kind, dtype)
+    return _gate_weight_fwd(w, gate, seed, layout, kind, dtype, _tile(tile, layout, w.device))
+
+
+def gate_weight_bwd(
+    dout, w, gate, seed, layout: GateLayout, kind: str, need_dgate: bool, impl: str, tile=None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of weight and gates by either implementation, outside of autograd."""
+    if impl == "torch":
+        return gate_weight_bwd_torch(dout, w, gate, seed, layout, kind, need_dgate)
+    numbers = _tile(tile, layout, w.device)
+    return _gate_weight_bwd(dout, w, gate, seed, layout, kind, need_dgate, numbers)
 
 
 @torch.library.custom_op(add_op_namespace_prefix("gate_weight"), mutates_args=())
@@ -432,9 +447,7 @@ def _gate_weight_op(
     impl: str,
 ) -> torch.Tensor:
     layout = GateLayout(tuple(w.shape), tuple(gate.shape), (bn, bk), groups)
-    if impl == "torch":
-        return gate_weight_fwd_torch(w, gate, seed, layout, kind, dtype)
-    return _gate_weight_fwd(w, gate, seed, layout, kind, dtype, _tile(tile, layout, w.device))
+    return gate_weight_fwd(w, gate, seed, layout, kind, dtype, impl, tile)
 
 
 @_gate_weight_op.register_fake
@@ -457,10 +470,7 @@ def _gate_weight_bwd_op(
     need_dgate: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     layout = GateLayout(tuple(w.shape), tuple(gate.shape), (bn, bk), groups)
-    if impl == "torch":
-        return gate_weight_bwd_torch(dout, w, gate, seed, layout, kind, need_dgate)
-    numbers = _tile(tile, layout, w.device)
-    return _gate_weight_bwd(dout, w, gate, seed, layout, kind, need_dgate, numbers)
+    return gate_weight_bwd(dout, w, gate, seed, layout, kind, need_dgate, impl, tile)
 
 
 @_gate_weight_bwd_op.register_fake
@@ -487,10 +497,7 @@ def _tile(numbers: list[int] | None, layout: GateLayout, device: torch.device) -
     return GateTile(*numbers) if numbers else tile_for_gate_weight(layout, device)
 
 
-_OPS = getattr(torch.ops, add_op_namespace_prefix("").removesuffix("::"))
-
-
-@register_flop_formula([_OPS.gate_weight, _OPS.gate_weight_bwd])
+@register_flop_formula([ops.gate_weight, ops.gate_weight_bwd])
 def _gate_weight_flops(*shapes, out_shape=None, **kwargs) -> int:
     """None: PyTorch's counter leaves out element-wise work."""
     return 0

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ._triton import INTERPRETED, device_of, tl, triton
+from ._triton import device_of, is_native, tl, triton
 from .kinds import is_open
 
 _KINDS = ("threshold", "bernoulli")
@@ -69,8 +69,7 @@ def pack_gates(
     if not bits.numel():
         return bits
     bernoulli = kind == "bernoulli"
-    # a CPU's compiler unrolls the tile
-    words = 4 if gate.device.type == "cpu" and not INTERPRETED else 16
+    words = 4 if is_native(gate.device) else 16
     with device_of(gate):
         _pack_gates_kernel[(triton.cdiv(bits.numel(), words),)](
             gate, seed if bernoulli else gate,

@@ -32,12 +32,11 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import gated_torch
 from ._impl import resolve_impl
-from ._ops import add_op_namespace_prefix
-from ._triton import INTERPRETED
+from ._ops import add_op_namespace_prefix, ops
+from ._triton import is_native
 from .blocks import Block, GateLayout, expand_gates, gate_layout
-from .gate import _gate_weight_bwd, _gate_weight_fwd, check_gates, tile_for_gate_weight
+from .gate import check_gates, gate_weight_bwd, gate_weight_fwd
 from .gate_bits import open_lists, pack_gates
-from .gate_torch import gate_weight_bwd_torch, gate_weight_fwd_torch
 from .gated_product import fused_dw, fused_dx, fused_fwd, skip_dw, skip_dx, skip_fwd
 from .tiles import tile_for_gated_linear
 
@@ -123,14 +122,28 @@ def gated_linear_ref(
     return (y if bias is None else y + bias.double()).to(x.dtype)
 
 
+def _multiply_fwd(x2, w, gate, bias, seed, layout: GateLayout, kind: str, impl: str):
+    return F.linear(x2, gate_weight_fwd(w, gate, seed, layout, kind, x2.dtype, impl), bias)
+
+
+def _multiply_bwd(dy2, x2, w, gate, seed, layout: GateLayout, kind: str, needs, impl: str):
+    need_dx, need_dw, need_dgate = needs
+    dx = dw = dgate = None
+    if need_dx:
+        dx = dy2 @ gate_weight_fwd(w, gate, seed, layout, kind, dy2.dtype, impl)
+    if need_dw or need_dgate:
+        d = dy2.T @ x2
+        dw, dgate = gate_weight_bwd(d, w, gate, seed, layout, kind, need_dgate, impl)
+    return dx, dw, dgate
+
+
 def _forward_triton(x2, w, gate, bias, seed, bits, layout: GateLayout, kind: str, method: str):
     """``y``; fills ``bits``, which *fused* and *skip* read."""
     m, block = len(x2), layout.block
     method = _choose_triton(method, m, layout, kind, x2)
     if method == "multiply":
         bits.zero_()  # nothing reads them, but they are an output
-        tile = tile_for_gate_weight(layout, w.device)
-        return F.linear(x2, _gate_weight_fwd(w, gate, seed, layout, kind, x2.dtype, tile), bias)
+        return _multiply_fwd(x2, w, gate, bias, seed, layout, kind, "triton")
     bits.copy_(pack_gates(gate, kind, seed))
     tile = _tile("fwd" if method == "fused" else "skip_fwd", m, layout, w, x2)
     if method == "fused":
@@ -144,12 +157,7 @@ def _backward_triton(dy2, x2, w, gate, seed, bits, layout: GateLayout, kind, met
     need_dx, need_dw, need_dgate = needs
     dx = dw = dgate = None
     if method == "multiply":
-        tile = tile_for_gate_weight(layout, w.device)
-        if need_dx:
-            dx = dy2 @ _gate_weight_fwd(w, gate, seed, layout, kind, dy2.dtype, tile)
-        if need_dw or need_dgate:
-            d = dy2.T @ x2
-            dw, dgate = _gate_weight_bwd(d, w, gate, seed, layout, kind, need_dgate, tile)
+        dx, dw, dgate = _multiply_bwd(dy2, x2, w, gate, seed, layout, kind, needs, "triton")
     else:
         if need_dx and method == "fused":
             dx = fused_dx(dy2, w, bits, block, _tile("dx", m, layout, w, x2))
@@ -167,8 +175,8 @@ def _backward_triton(dy2, x2, w, gate, seed, bits, layout: GateLayout, kind, met
 
 
 def _tile(which: str, m: int, layout: GateLayout, w: torch.Tensor, x2: torch.Tensor):
-    native = x2.device.type == "cpu" and not INTERPRETED
     n, k = layout.weight_shape
+    native = is_native(x2.device)
     return tile_for_gated_linear(which, m, n, k, w.dtype, x2.dtype, layout.block, native)
 
 
@@ -232,7 +240,7 @@ def _check(x, w, bias, kind: str, reopen: bool) -> None:
 
 # Registered with the parts that `torch.library.custom_op` is made of: its own checks and wrappers
 # cost as much as a small layer (measured: 160 of 470 us, forward and backward).
-_library = torch.library.Library(add_op_namespace_prefix("").removesuffix("::"), "FRAGMENT")
+_library = torch.library.Library(ops.name, "FRAGMENT")
 
 
 def _gated_linear_fwd(
@@ -254,8 +262,7 @@ def _gated_linear_fwd(
     if impl == "triton":
         y = _forward_triton(x2, w, gate, bias, seed, bits, layout, kind, method)
     elif kind == "hard_concrete":
-        gated = gate_weight_fwd_torch(w, gate, seed, layout, kind, x2.dtype)
-        y = F.linear(x2, gated, bias)
+        y = _multiply_fwd(x2, w, gate, bias, seed, layout, kind, impl)
     else:
         y = gated_torch.forward(x2, w, gate, seed, bias, bits, layout, method)
     return (y if x.dim() == 2 else y.view(*x.shape[:-1], w.shape[0])), bits
@@ -303,12 +310,7 @@ def _gated_linear_bwd(
             dy2, x2, w, gate, seed, bits, layout, kind, method, wanted, reopen
         )
     elif kind == "hard_concrete":
-        dx = dw = dgate = None
-        if need_dx:
-            dx = dy2 @ gate_weight_fwd_torch(w, gate, seed, layout, kind, dy2.dtype)
-        if need_dw or need_dgate:
-            d = dy2.T @ x2
-            dw, dgate = gate_weight_bwd_torch(d, w, gate, seed, layout, kind, need_dgate)
+        dx, dw, dgate = _multiply_bwd(dy2, x2, w, gate, seed, layout, kind, wanted, impl)
     else:
         dx, dw, dgate = gated_torch.backward(dy2, x2, w, gate, bits, layout, method, wanted, reopen)
     if dx is not None and x.dim() != 2:
@@ -360,7 +362,7 @@ def _register(name: str, function: Callable, fake: Callable) -> torch._ops.OpOve
     _library.define(name + torch.library.infer_schema(function, mutates_args=()))
     _library.impl(name, function, "CompositeExplicitAutograd")
     torch.library.register_fake(add_op_namespace_prefix(name), fake, lib=_library)
-    return getattr(getattr(torch.ops, _library.ns), name).default
+    return getattr(ops, name).default
 
 
 _gated_linear_op = _register("gated_linear", _gated_linear_fwd, _gated_linear_fake)

@@ -47,8 +47,7 @@ def forward(
         is_open = binarise(gate, "bernoulli", seed)
         bits.copy_(pack_bitmap(is_open))
     if choose(method, gate, is_open, layout, len(x2)) == "skip":
-        pairs = _open_pairs(gate if is_open is None else is_open, is_open is None)
-        return _skip_fwd(x2, w, pairs, bias, layout)
+        return _skip_fwd(x2, w, _open_pairs(gate, is_open), bias, layout)
     return F.linear(x2, _gated(w, gate, is_open, layout, x2.dtype), bias)
 
 
@@ -68,20 +67,26 @@ def backward(
     need_dx, need_dw, need_dgate = needs
     dx = dw = dgate = None
     if choose(method, gate, is_open, layout, len(x2)) == "skip":
-        pairs = _open_pairs(gate if is_open is None else is_open, is_open is None)
-        if need_dx:
-            dx = _skip_dx(dy2, w, pairs, layout)
-        if need_dgate and reopen:
+        pairs = _open_pairs(gate, is_open)
+        exact = need_dgate and reopen
+        sampled = (need_dw or need_dgate) and not exact
+        if need_dx or sampled:
+            x_blocked, dy_blocked = _two_blocked(x2, layout)
+            dy = dy_blocked.read(dy2)
+            if need_dx:
+                dx = _skip_dx(dy, w, pairs, layout, x_blocked, dy2)
+            if sampled:
+                x = x_blocked.read(x2)
+                dw, dgate = _sampled_dw(dy, x, w, gate, pairs, layout, need_dgate)
+        if exact:
             dw, dgate = _exact_dw(dy2, x2, w, pairs, layout)
-        elif need_dw or need_dgate:
-            dw, dgate = _sampled_dw(dy2, x2, w, gate, pairs, layout, need_dgate)
         return dx, dw, dgate
     if need_dx:
         dx = dy2 @ _gated(w, gate, is_open, layout, dy2.dtype)
     if need_dw or need_dgate:
         dw, dgate = _masked_dw(dy2, x2, w, gate, is_open, layout, need_dgate)
         if dgate is not None and not reopen:
-            dgate.masked_fill_(~(gate > 0.5 if is_open is None else is_open), 0)
+            dgate.masked_fill_(~_open_mask(gate, is_open), 0)
     return dx, dw, dgate
 
 
@@ -100,7 +105,7 @@ def choose(
     most = (dense - fixed) / (bn * bk * m + _CALL)  # open blocks
     if most < 1:
         return "multiply"
-    count = int((gate > 0.5 if is_open is None else is_open).count_nonzero())
+    count = int(_open_mask(gate, is_open).count_nonzero())
     return "skip" if count < most else "multiply"
 
 
@@ -136,7 +141,7 @@ def _gated(w, gate, is_open, layout: GateLayout, dtype: torch.dtype) -> torch.Te
 def _masked_dw(dy2, x2, w, gate, is_open, layout: GateLayout, need_dgate: bool):
     """``dW`` and ``dgate`` from the dense product."""
     d = dy2.T @ x2
-    wide = torch.promote_types(w.dtype, torch.float32)
+    wide = _wide(w.dtype)
     dgate = None
     if need_dgate and layout.per_weight:
         dgate = torch.mul(d, w) if d.dtype == w.dtype == wide else d.to(wide) * w.to(wide)
@@ -153,9 +158,13 @@ def _masked_dw(dy2, x2, w, gate, is_open, layout: GateLayout, need_dgate: bool):
 Pairs = list[tuple[int, int]]  # (block row, block column) of each open block
 
 
-def _open_pairs(gate: torch.Tensor, compare: bool) -> Pairs:
-    is_open = gate > 0.5 if compare else gate
-    return [(r, c) for r, c in is_open.nonzero().tolist()]
+def _open_mask(gate: torch.Tensor, is_open: torch.Tensor | None) -> torch.Tensor:
+    """The gates that were drawn open, or lie above 0.5 where nothing was drawn."""
+    return gate > 0.5 if is_open is None else is_open
+
+
+def _open_pairs(gate: torch.Tensor, is_open: torch.Tensor | None) -> Pairs:
+    return [(r, c) for r, c in _open_mask(gate, is_open).nonzero().tolist()]
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -243,9 +252,10 @@ def _skip_fwd(x2, w, pairs: Pairs, bias, layout: GateLayout) -> torch.Tensor:
     return y_blocked.write(x2.new_empty(len(x2), layout.weight_shape[0]))
 
 
-def _skip_dx(dy2, w, pairs: Pairs, layout: GateLayout) -> torch.Tensor:
-    dx_blocked, dy_blocked = _two_blocked(dy2, layout)
-    dx, dy = dx_blocked.blocks, dy_blocked.read(dy2)
+def _skip_dx(
+    dy: list[torch.Tensor], w, pairs: Pairs, layout: GateLayout, dx_blocked: _Blocked, dy2
+) -> torch.Tensor:
+    dx = dx_blocked.blocks
     weight = _open_blocks(w.to(dy2.dtype), pairs, layout)
     dx_blocked.head.zero_()
     dx_blocked.tail.zero_()
@@ -282,10 +292,8 @@ def _by_chunk(pairs: Pairs, n: int, rows: int, bn: int) -> Iterator[tuple[int, i
         yield start, min(rows, n - start), pairs[first:i]
 
 
-def _sampled_dw(dy2, x2, w, gate, pairs: Pairs, layout: GateLayout, need_dgate: bool):
-    """Gradients at open blocks only; 0 elsewhere."""
-    x_blocked, dy_blocked = _two_blocked(x2, layout)
-    x, dy = x_blocked.read(x2), dy_blocked.read(dy2)
+def _sampled_dw(dy, x, w, gate, pairs: Pairs, layout: GateLayout, need_dgate: bool):
+    """Gradients at open blocks only, from tokens in blocks; 0 elsewhere."""
     wide = _wide(w.dtype)
     dw = torch.zeros_like(w, memory_format=torch.contiguous_format)
     n, k = layout.weight_shape
@@ -295,7 +303,7 @@ def _sampled_dw(dy2, x2, w, gate, pairs: Pairs, layout: GateLayout, need_dgate: 
         for (r, c), d in zip(pairs, products, strict=True):
             kept.at(r, c).copy_(d)
     else:
-        d = torch.empty(len(pairs), *layout.block, dtype=_wide(x2.dtype), device=w.device)
+        d = torch.empty(len(pairs), *layout.block, dtype=x[0].dtype, device=w.device)
         products = list(d.unbind())
         for (r, c), out in zip(pairs, products, strict=True):
             torch.mm(dy[r].t(), x[c], out=out)

@@ -33,8 +33,8 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from ._impl import resolve_impl
-from ._ops import add_op_namespace_prefix
-from ._triton import INTERPRETED, device_of, tl, triton
+from ._ops import add_op_namespace_prefix, ops
+from ._triton import INTERPRETED, device_of, is_native, tl, triton
 from .bitmap import pack_bitmap
 from .kinds import (
     CHANCE_SHIFT,
@@ -380,7 +380,7 @@ def _gate_penalties_fwd(
 
 def _block(device: torch.device) -> int:
     """Gates at a time; a CPU's compiler unrolls the tile."""
-    return 1024 if INTERPRETED else 128 if device.type == "cpu" else 512
+    return 128 if is_native(device) else 1024 if INTERPRETED else 512
 
 
 def _table(content: tuple[int, ...], device: torch.device) -> torch.Tensor:
@@ -537,10 +537,7 @@ def _backward(ctx, dpenalty, *_):
 _gate_penalties_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-_NAMESPACE, _NAME = add_op_namespace_prefix("gate_penalties").split("::")
-
-
-@register_flop_formula(getattr(getattr(torch.ops, _NAMESPACE), _NAME))
+@register_flop_formula(ops.gate_penalties)
 def _gate_penalties_flops(*args, out_shape=None, **kwargs) -> int:
     """None: PyTorch counts products of matrices only, and no element-wise work."""
     return 0
