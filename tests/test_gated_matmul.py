@@ -13,6 +13,7 @@ from sgtriton_kernels import (
     gated_linear_ref,
     gated_matmul,
     gated_torch,
+    skip_torch,
 )
 from sgtriton_kernels._triton import INTERPRETED, why_not_triton
 from sgtriton_kernels.blocks import expand_gates, sum_blocks
@@ -456,13 +457,31 @@ def test_gated_linear_passes_gradcheck(method):
     )
 
 
-def test_few_open_blocks_are_skipped_to_by_the_torch_implementation():
-    layout, inputs, dy = make((64, 256, 256), (32, 32), torch.float32, "cpu")
+@pytest.mark.parametrize(("shape", "block"), [((7, 40, 70), (16, 16)), ((8, 6, 9), (2, 3))])
+@pytest.mark.parametrize("reopen", [True, False])
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_skipping_in_bands_and_parts_gives_the_same(monkeypatch, shape, block, reopen, share):
+    """More rows than a band has, more blocks than are gathered at a time; the sums are exact."""
+    monkeypatch.setattr(skip_torch, "_BAND", 3)
+    monkeypatch.setattr(skip_torch, "_GATHERED", 2 * 3 * max(block))  # two blocks
+    monkeypatch.setattr(skip_torch, "_CHUNK", shape[2] * block[0])  # a block row of dW
+    layout, inputs, dy = make(shape, block, torch.float32, "cpu")
     x, w, gate, bias = inputs
-    for open_blocks, expected in ((3, "skip"), (40, "multiply")):
+    with torch.no_grad():
+        gate.copy_(torch.where(torch.rand_like(gate) < share, 0.9, 0.2))
+    y = gated_linear(*inputs, block, reopen=reopen, method="skip", impl="torch")
+    *refs, dgate, dbias = reference(x, w, gate > 0.5, bias, dy, layout)
+    dgate = dgate if reopen else torch.where(gate > 0.5, dgate, 0.0)
+    assert_all_exact("skip", value_and_grads(y, inputs, dy), (*refs, dgate, dbias))
+
+
+def test_few_open_blocks_are_skipped_to_by_the_torch_implementation():
+    layout, inputs, dy = make((128, 512, 512), (32, 32), torch.float32, "cpu")
+    x, w, gate, bias = inputs
+    for open_blocks, expected in ((3, "skip"), (160, "multiply")):
         with torch.no_grad():
-            gate.fill_(0.2).view(-1)[torch.randperm(64)[:open_blocks]] = 0.9
-        assert gated_torch.choose("auto", gate, None, layout, 64) == expected
+            gate.fill_(0.2).view(-1)[torch.randperm(256)[:open_blocks]] = 0.9
+        assert gated_torch.choose("auto", gate, None, layout, 128) == expected
         refs = reference(x, w, gate > 0.5, bias, dy, layout)
         y = gated_linear(*inputs, (32, 32), impl="torch")
         assert_all_exact(expected, value_and_grads(y, inputs, dy), refs)
