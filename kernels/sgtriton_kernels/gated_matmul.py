@@ -32,7 +32,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import gated_torch
 from ._impl import resolve_impl
-from ._ops import add_op_namespace_prefix, ops
+from ._ops import add_op_namespace_prefix, is_watched, ops
 from ._triton import is_native
 from .blocks import Block, GateLayout, expand_gates, gate_layout
 from .gate import check_gates, gate_weight_bwd, gate_weight_fwd
@@ -101,11 +101,11 @@ def gated_linear(
     impl = resolve_impl(impl, device, "gated_linear", unsupported)
     if method is not None:
         _check_method(method, impl, kind, layout)
-    y, _ = _gated_linear_op(
-        x, w, gate, bias, seed if kind != "threshold" else None,
-        *layout.block, kind, reopen, method or "auto", impl,
-    )  # fmt: skip
-    return y
+    tensors = (x, w, gate, bias, seed if kind != "threshold" else None)
+    static = (*layout.block, kind, reopen, method or "auto", impl)
+    if is_watched(*tensors):
+        return _gated_linear_op(*tensors, *static)[0]
+    return _GatedLinear.apply(_gated_linear_fwd, *tensors, static)[0]
 
 
 def gated_linear_ref(
@@ -337,25 +337,39 @@ def _gated_linear_bwd_fake(
 
 class _GatedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, *inputs):
-        with torch._C._AutoDispatchBelowAutograd():
-            y, bits = _gated_linear_op(*inputs)
-        x, w, gate, _, seed, *ctx.static = inputs
+    def forward(ctx, compute, x, w, gate, bias, seed, static):
+        y, bits = compute(x, w, gate, bias, seed, *static)
         ctx.save_for_backward(x, w, gate, seed, bits)
         ctx.mark_non_differentiable(bits)
+        ctx.set_materialize_grads(False)  # else there are zeros for bits, each time
+        ctx.static = static
         return y, bits
 
     @staticmethod
-    @once_differentiable  # under create_graph too it writes to memory that is used again
     def backward(ctx, dy, _):
-        needs = ctx.needs_input_grad[:4]
-        grads = _gated_linear_bwd_op(dy, *ctx.saved_tensors, *ctx.static, list(needs))
-        grads = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
-        return *grads, *[None] * 7
+        if torch.is_grad_enabled():  # create_graph: what it writes to is used again
+            return once_differentiable(_gated_linear_grads)(ctx, dy)
+        return _gated_linear_grads(ctx, dy)
+
+
+def _gated_linear_grads(ctx, dy):
+    if dy is None:
+        return (None,) * 7
+    _, *needs, _, _ = ctx.needs_input_grad
+    saved = ctx.saved_tensors
+    compute = _gated_linear_bwd_op if is_watched(dy, *saved) else _gated_linear_bwd
+    grads = compute(dy, *saved, *ctx.static, needs)
+    dx, dw, dgate, dbias = (g if need else None for g, need in zip(grads, needs, strict=True))
+    return None, dx, dw, dgate, dbias, None, None
 
 
 def _gated_linear_autograd(*inputs):
-    return _GatedLinear.apply(*inputs)
+    return _GatedLinear.apply(_gated_linear_below_autograd, *inputs[:5], inputs[5:])
+
+
+def _gated_linear_below_autograd(*inputs):
+    with torch._C._AutoDispatchBelowAutograd():
+        return _gated_linear_op(*inputs)
 
 
 def _register(name: str, function: Callable, fake: Callable) -> torch._ops.OpOverload:
