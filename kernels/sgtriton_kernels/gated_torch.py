@@ -46,6 +46,7 @@ def forward(
         bits.copy_(pack_bitmap(is_open))
     if choose(method, gate, is_open, layout, len(x2)) == "skip":
         return skip_fwd(x2, w, _open_mask(gate, is_open), bias, layout)
+    is_open = None if is_open is None else is_open.to(x2.dtype)
     return F.linear(x2, _gated(w, gate, is_open, layout, x2.dtype), bias)
 
 
@@ -73,6 +74,7 @@ def backward(
         if exact:
             dw, dgate = exact_dw(dy2, x2, w, gate, mask, layout)
         return dx, dw, dgate
+    is_open = None if is_open is None else is_open.to(x2.dtype)  # once for dx and dW
     if need_dx:
         dx = dy2 @ _gated(w, gate, is_open, layout, dy2.dtype)
     if need_dw or need_dgate:
