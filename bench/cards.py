@@ -109,6 +109,7 @@ def compile_for(
     constexprs,
     num_warps: int = 4,
     num_stages: int | None = 2,
+    max_registers: int | None = None,
 ) -> Compiled:
     """Compile ``kernel`` for ``card`` (an element of :data:`CARDS`).
 
@@ -116,6 +117,7 @@ def compile_for(
         signature: argument name -> Triton type (``"*fp16"``, ``"i32"``, ``"constexpr"``).
         constexprs: argument name -> value.
         num_stages: ``None`` for the compiler's own choice.
+        max_registers: of a thread on an NVIDIA card; likewise.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -133,6 +135,8 @@ def compile_for(
     options = {"num_warps": num_warps}
     if num_stages is not None:
         options["num_stages"] = num_stages
+    if max_registers is not None and card[0] == "cuda":
+        options["maxnreg"] = max_registers
     out = triton.compile(source, target=GPUTarget(*card), options=options)
     ttgir = out.asm["ttgir"]
     if card[0] == "hip":

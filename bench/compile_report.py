@@ -167,7 +167,7 @@ def _measure(item: tuple[Variant, str]) -> Row:
     launch = variant.launch
     code = compile_for(
         TARGETS[target], launch.function(), launch.signature, launch.constexprs,
-        launch.num_warps, launch.num_stages,
+        launch.num_warps, launch.num_stages, launch.max_registers,
     )  # fmt: skip
     return Row(
         op=variant.op,

@@ -37,6 +37,7 @@ class Launch:
     constexprs: dict[str, Any]
     num_warps: int
     num_stages: int | None  # None: the compiler's own choice
+    max_registers: int | None = None  # likewise
 
     def function(self):
         """The kernel itself."""
@@ -105,9 +106,10 @@ def launch_of(run: Callable[[], object]) -> Launch:
                 assert parameter.do_not_specialize, parameter.name
                 signature[parameter.name] = "i32" if abs(value) < 1 << 31 else "i64"
         warps, stages = options.pop("num_warps", 4), options.pop("num_stages", None)
+        registers = options.pop("maxnreg", None)
         assert not options, options
         launches.append(
-            Launch(kernel.module, kernel.__name__, signature, constexprs, warps, stages)
+            Launch(kernel.module, kernel.__name__, signature, constexprs, warps, stages, registers)
         )
 
     with mock.patch.object(JITFunction, "run", record):
@@ -201,12 +203,15 @@ def _gated_linear() -> Iterator[Variant]:
             if mixed:
                 # closed gates of a block may reopen, for which dw needs closed weights too
                 fused.append((32, 32) if which == "dw" else (4, 4))
-                skip += [(16, 16), (32, 32), (128, 128)]
+                skip += [(16, 16), (32, 32), (128, 128), (16, 64), (32, 16), (64, 32)]
             for m in ROWS:
                 for block in fused:
                     yield _gated_product(which, False, block, m, x_dtype, w_dtype)
                 for block in skip:
                     yield _gated_product(which, True, block, m, x_dtype, w_dtype)
+            for m in ROWS[::3]:
+                yield _gated_product(which, False, (1, 1), m, x_dtype, w_dtype, SIZE - 1)
+                yield _gated_product(which, True, (64, 64), m, x_dtype, w_dtype, SIZE - 1)
 
 
 def _gated_product(
@@ -216,15 +221,17 @@ def _gated_product(
     m: int,
     x_dtype: torch.dtype,
     w_dtype: torch.dtype,
+    size: int = SIZE,
 ) -> Variant:
-    layout = gate_layout((SIZE, SIZE), block)
+    layout = gate_layout((size, size), block)
     rows, cols = layout.gate_shape
-    x2, dy2 = _empty(m, SIZE, dtype=x_dtype), _empty(m, SIZE, dtype=x_dtype)
-    w, bias = _empty(SIZE, SIZE, dtype=w_dtype), _empty(SIZE, dtype=x_dtype)
+    x2, dy2 = _empty(m, size, dtype=x_dtype), _empty(m, size, dtype=x_dtype)
+    w, bias = _empty(size, size, dtype=w_dtype), _empty(size, dtype=x_dtype)
     bits = _empty(rows, -(-cols // 32), dtype=torch.int32)
     count, index = _empty(rows, dtype=torch.int32), _empty(rows, cols + 1, dtype=torch.int32)
     lists = OpenBlocks(count, index, count, index)
-    tile = _gated_tile(f"skip_{which}" if skip else which, m, layout, w, x2)
+    operands = {"fwd": (x2,), "dx": (dy2,), "dw": (dy2, x2)}[which]
+    tile = _gated_tile(f"skip_{which}" if skip else which, layout, w, *operands)
     gates = lists if skip else bits
     if which == "fwd":
         pass_ = gated_product.skip_fwd if skip else gated_product.fused_fwd
@@ -235,7 +242,7 @@ def _gated_product(
     else:
         pass_ = gated_product.skip_dw if skip else gated_product.fused_dw
         run = functools.partial(pass_, dy2, x2, w, bits, block, True, tile)
-    launch = launch_of(run)
+    launch, aligned = launch_of(run), size % 16 == 0
     flags = launch.constexprs
     block_m, block_n, block_k = flags["BLOCK_M"], flags["BLOCK_N"], flags["BLOCK_K"]
     if which == "dw":
@@ -246,14 +253,19 @@ def _gated_product(
         left = block_m
     return Variant(
         ("skip " if skip else "fused ") + which,
-        _name(_TYPES[x_dtype], f"w {_TYPES[w_dtype]}", "x".join(map(str, block))),
+        _name(
+            _TYPES[x_dtype],
+            f"w {_TYPES[w_dtype]}",
+            "x".join(map(str, block)),
+            *([] if aligned else ["not aligned"]),
+        ),
         f"n{block_n} m{block_m} k{block_k} s{launch.num_stages} w{launch.num_warps}",
         launch,
         rows=(m,),
         product=Product(
             half=x_dtype.itemsize == 2,
             left_rows=left,
-            left_direct=which != "dw" and not skip,
+            left_direct=which != "dw" and not skip and aligned,
         ),
     )
 

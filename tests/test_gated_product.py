@@ -298,7 +298,7 @@ def test_default_tiles_give_right_values(native, device):
         case = Case((m, n, k), block, (FP32, FP32), device)
         prefix = "skip_" if skip else ""
         fwd, dx, dw = (
-            tile_for_gated_linear(prefix + which, m, n, k, FP32, FP32, case.block, native)
+            tile_for_gated_linear(prefix + which, m, n, k, FP32, FP32, case.block, native=native)
             for which in ("fwd", "dx", "dw")
         )
         assert_exact("y", case.fwd(fwd, skip), case.y64)
@@ -379,7 +379,9 @@ def compiled(card, which, dtypes, tile, block, aligned=True, need_dgate=True):
     }  # fmt: skip
     signature = {a: types.get(a, "i32") for a in kernel.arg_names if a not in values}
     values = {a: v for a, v in values.items() if a in kernel.arg_names}
-    return compile_for(card, kernel, signature, values, tile.num_warps, tile.num_stages)
+    return compile_for(
+        card, kernel, signature, values, tile.num_warps, tile.num_stages, tile.max_registers
+    )
 
 
 def left_operand_is_in_shared_memory(code) -> bool:
@@ -479,7 +481,7 @@ def test_every_pipeline_depth_compiles(stages):
 @pytest.mark.compiles
 def test_any_stride_compiles_without_spills():
     for which in PASSES:
-        tile = tile_for_gated_linear(which, 512, 4096, 4096, FP16, FP16, (1, 1))
+        tile = tile_for_gated_linear(which, 512, 4096, 4096, FP16, FP16, (1, 1), aligned=False)
         code = compiled(("cuda", 80, 32), which, (FP16, FP16), tile, (1, 1), aligned=False)
         assert code.spills == 0, which
         assert code.matrix_instruction, which

@@ -70,6 +70,17 @@ def is_native(device: torch.device) -> bool:
     return device.type == "cpu" and not INTERPRETED
 
 
+def launch_options(
+    device: torch.device, num_stages: int, num_warps: int, max_registers: int | None = None
+) -> dict[str, int]:
+    """What a launch on ``device`` says to the compiler beside the kernel's arguments."""
+    options = {"num_stages": num_stages, "num_warps": num_warps}
+    # meta: a launch that is recorded to be compiled for cards
+    if max_registers is not None and device.type in ("cuda", "meta") and not torch.version.hip:
+        options["maxnreg"] = max_registers
+    return options
+
+
 def device_of(t: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
     """Launch kernels on ``t`` inside this: Triton takes the current device, not the tensor's."""
     if t.device.type == "cuda":

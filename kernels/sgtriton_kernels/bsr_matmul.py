@@ -19,7 +19,7 @@ from torch.utils.flop_counter import register_flop_formula
 from ._bf16 import round_to_bf16, soft_bf16
 from ._impl import resolve_impl
 from ._ops import add_op_namespace_prefix, ops
-from ._triton import device_of, tl, triton
+from ._triton import device_of, launch_options, tl, triton
 from .bsr import BlockSparse
 from .tiles import MAX_BLOCK_N, Tile, tile_for_bsr_linear
 
@@ -267,7 +267,7 @@ def _bsr_linear_fwd(
             PRECISION=_dot_precision(),
             BN=bn, BK=bk,
             BLOCK_M=tile.BLOCK_M, BLOCK_N=block_n, BLOCK_K=min(tile.BLOCK_K, bk),
-            num_stages=tile.num_stages, num_warps=tile.num_warps,  # pyright: ignore
+            **launch_options(x2.device, tile.num_stages, tile.num_warps),
         )  # fmt: skip
     return out
 

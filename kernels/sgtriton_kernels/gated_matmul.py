@@ -37,8 +37,8 @@ from ._triton import is_native
 from .blocks import Block, GateLayout, expand_gates, gate_layout
 from .gate import check_gates, gate_weight_bwd, gate_weight_fwd
 from .gate_bits import open_lists, pack_gates
-from .gated_product import fused_dw, fused_dx, fused_fwd, skip_dw, skip_dx, skip_fwd
-from .tiles import tile_for_gated_linear
+from .gated_product import fused_dw, fused_dx, fused_fwd, is_aligned, skip_dw, skip_dx, skip_fwd
+from .tiles import GatedTile, tile_for_gated_linear
 
 METHODS = ("multiply", "fused", "skip")
 
@@ -139,48 +139,53 @@ def _multiply_bwd(dy2, x2, w, gate, seed, layout: GateLayout, kind: str, needs, 
 
 def _forward_triton(x2, w, gate, bias, seed, bits, layout: GateLayout, kind: str, method: str):
     """``y``; fills ``bits``, which *fused* and *skip* read."""
-    m, block = len(x2), layout.block
-    method = _choose_triton(method, m, layout, kind, x2)
+    block = layout.block
+    method = _choose_triton(method, layout, kind, w, x2)
     if method == "multiply":
         bits.zero_()  # nothing reads them, but they are an output
         return _multiply_fwd(x2, w, gate, bias, seed, layout, kind, "triton")
     bits.copy_(pack_gates(gate, kind, seed))
-    tile = _tile("fwd" if method == "fused" else "skip_fwd", m, layout, w, x2)
+    tile = _tile("fwd" if method == "fused" else "skip_fwd", layout, w, x2)
     if method == "fused":
         return fused_fwd(x2, w, bits, block, bias, tile)
     return skip_fwd(x2, w, open_lists(bits, gate.shape[1]), block, bias, tile)
 
 
 def _backward_triton(dy2, x2, w, gate, seed, bits, layout: GateLayout, kind, method, needs, reopen):
-    m, block = len(x2), layout.block
-    method = _choose_triton(method, m, layout, kind, x2)
+    block = layout.block
+    method = _choose_triton(method, layout, kind, w, x2)
     need_dx, need_dw, need_dgate = needs
     dx = dw = dgate = None
     if method == "multiply":
         dx, dw, dgate = _multiply_bwd(dy2, x2, w, gate, seed, layout, kind, needs, "triton")
     else:
         if need_dx and method == "fused":
-            dx = fused_dx(dy2, w, bits, block, _tile("dx", m, layout, w, x2))
+            dx = fused_dx(dy2, w, bits, block, _tile("dx", layout, w, dy2))
         elif need_dx:
             lists = open_lists(bits, gate.shape[1])
-            dx = skip_dx(dy2, w, lists, block, _tile("skip_dx", m, layout, w, x2))
+            dx = skip_dx(dy2, w, lists, block, _tile("skip_dx", layout, w, dy2))
         sampled = method == "skip" and not (need_dgate and reopen)
         if need_dw or need_dgate:
             dw_of = skip_dw if sampled else fused_dw
-            tile = _tile("skip_dw" if sampled else "dw", m, layout, w, x2)
+            tile = _tile("skip_dw" if sampled else "dw", layout, w, dy2, x2)
             dw, dgate = dw_of(dy2, x2, w, bits, block, need_dgate, tile)
     if dgate is not None and need_dgate and not reopen:
         dgate = torch.where(gate > 0.5, dgate, 0.0)
     return dx, dw, dgate
 
 
-def _tile(which: str, m: int, layout: GateLayout, w: torch.Tensor, x2: torch.Tensor):
+def _tile(which: str, layout: GateLayout, w: torch.Tensor, *rows: torch.Tensor) -> GatedTile:
+    """The tile of a pass that multiplies ``rows``, one or two matrices of as many rows."""
     n, k = layout.weight_shape
-    native = is_native(x2.device)
-    return tile_for_gated_linear(which, m, n, k, w.dtype, x2.dtype, layout.block, native)
+    like = rows[0]
+    aligned = _read_wide(layout, w, *rows)
+    native = is_native(like.device)
+    return tile_for_gated_linear(
+        which, len(like), n, k, w.dtype, like.dtype, layout.block, aligned, native
+    )
 
 
-def _choose_triton(method: str, m: int, layout: GateLayout, kind: str, x2: torch.Tensor) -> str:
+def _choose_triton(method: str, layout: GateLayout, kind: str, w, x2: torch.Tensor) -> str:
     """The method: as told, or by shape; reasoned, not measured."""
     if method != "auto":
         return method
@@ -192,7 +197,14 @@ def _choose_triton(method: str, m: int, layout: GateLayout, kind: str, x2: torch
     most = 2048
     if x2.device.type == "cuda" and torch.cuda.get_device_capability(x2.device)[0] in (9, 10):
         most = 4096
-    return "fused" if m <= most and x2.dtype != torch.float32 else "multiply"
+    if len(x2) > most or x2.dtype == torch.float32 or not _read_wide(layout, w, x2):
+        return "multiply"
+    return "fused"
+
+
+def _read_wide(layout: GateLayout, *operands: torch.Tensor) -> bool:
+    """Whether rows of the operands, and of what comes out, can be read in wide pieces."""
+    return layout.weight_shape[0] % 16 == 0 and all(map(is_aligned, operands))
 
 
 def why_not_skip(layout: GateLayout) -> str | None:
@@ -357,6 +369,7 @@ def _gated_linear_grads(ctx, dy):
         return (None,) * 7
     _, *needs, _, _ = ctx.needs_input_grad
     saved = ctx.saved_tensors
+    compute: Callable[..., tuple[torch.Tensor, ...]]
     compute = _gated_linear_bwd_op if is_watched(dy, *saved) else _gated_linear_bwd
     grads = compute(dy, *saved, *ctx.static, needs)
     dx, dw, dgate, dbias = (g if need else None for g, need in zip(grads, needs, strict=True))

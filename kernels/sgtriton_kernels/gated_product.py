@@ -36,7 +36,7 @@ from __future__ import annotations
 import torch
 
 from ._bf16 import round_to_bf16, soft_bf16
-from ._triton import device_of, tl, triton
+from ._triton import device_of, launch_options, tl, triton
 from .blocks import gate_layout, sum_blocks
 from .bsr_matmul import _dot_precision
 from .gate_bits import OpenBlocks
@@ -469,13 +469,13 @@ def _product(
             SKIP=skip,
             WEIGHT_LEFT=_weight_left(skip, transposed, block_out),
             HAS_BIAS=bias is not None,
-            ALIGNED_X=_aligned(x2), ALIGNED_W=_aligned(w), ALIGNED_OUT=size % 16 == 0,
+            ALIGNED_X=is_aligned(x2), ALIGNED_W=is_aligned(w), ALIGNED_OUT=size % 16 == 0,
             SOFT_BF16=soft_bf16(x2.dtype, x2.device),
             PRECISION=_dot_precision(),
             BN=block[0], BK=block[1],
             WORDS=_words(block[1], block_k),
             BLOCK_M=tile.BLOCK_M, BLOCK_N=block_n, BLOCK_K=block_k,
-            num_stages=tile.num_stages, num_warps=tile.num_warps,  # pyright: ignore
+            **launch_options(x2.device, tile.num_stages, tile.num_warps, tile.max_registers),
         )  # fmt: skip
     return out
 
@@ -515,7 +515,7 @@ def _dw(
             bits.shape[1], shape[-1],
             NEED_DGATE=need_dgate,
             SKIP=skip,
-            ALIGNED_DY=_aligned(dy2), ALIGNED_X=_aligned(x2), ALIGNED_W=_aligned(w),
+            ALIGNED_DY=is_aligned(dy2), ALIGNED_X=is_aligned(x2), ALIGNED_W=is_aligned(w),
             ALIGNED_OUT=k % 16 == 0,
             SOFT_BF16=soft_bf16(x2.dtype, x2.device), SOFT_DW=soft_bf16(w.dtype, w.device),
             PRECISION=_dot_precision(),
@@ -523,7 +523,7 @@ def _dw(
             SUM_N=sum_n, SUM_K=sum_k,
             WORDS=_words(block[1], block_k),
             BLOCK_M=tile.BLOCK_M, BLOCK_N=block_n, BLOCK_K=block_k,
-            num_stages=tile.num_stages, num_warps=tile.num_warps,  # pyright: ignore
+            **launch_options(x2.device, tile.num_stages, tile.num_warps, tile.max_registers),
         )  # fmt: skip
     if not need_dgate:
         return dw, sums
@@ -558,7 +558,7 @@ def _strides(t: torch.Tensor) -> tuple[int, int]:
     return (t.stride(0) if len(t) > 1 else t.shape[1]), t.stride(1)
 
 
-def _aligned(t: torch.Tensor) -> bool:
+def is_aligned(t: torch.Tensor) -> bool:
     """Whether the rows of a matrix can be read in wide pieces."""
     between, inside = _strides(t)
     return inside == 1 and between % 16 == 0 and t.shape[1] % 16 == 0

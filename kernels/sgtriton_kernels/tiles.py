@@ -12,6 +12,9 @@ MAX_BLOCK_N = 128  # output columns per program; a taller block is cut into part
 _SHARED_BYTES = 96 * 1024
 # AMD cards: 64 KB, but the compiler keeps one stage in registers there
 _LDS_BYTES = 64 * 1024
+# Three programs of four warps a multiprocessor. Left alone, ptxas now and then gives a kernel a few
+# registers less than it needs, for one program more, and spills 8 or 16 bytes.
+_MAX_REGISTERS = 168
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,7 @@ class GatedTile:
         BLOCK_K: inputs (columns of the weight).
         num_stages: depth of the software pipeline.
         num_warps: warps per program.
+        max_registers: of a thread, on NVIDIA's cards; the compiler's own choice if ``None``.
     """
 
     BLOCK_N: int
@@ -105,6 +109,7 @@ class GatedTile:
     BLOCK_K: int
     num_stages: int
     num_warps: int
+    max_registers: int | None = None
 
 
 def tile_for_gated_linear(
@@ -115,6 +120,7 @@ def tile_for_gated_linear(
     w_dtype: torch.dtype,
     x_dtype: torch.dtype,
     block: tuple[int, int],
+    aligned: bool = True,
     native: bool = False,
 ) -> GatedTile:
     """A tile for a pass of ``gated_linear`` that every card can run; reasoned, not measured.
@@ -130,22 +136,28 @@ def tile_for_gated_linear(
     - dW: 128 x 64 weights (64 x 64 for such blocks), rows in steps of 32: beside the sums a tile of
       the weight and the gates' gradients lie in registers.
     - fp32 rows: products take registers instead of matrix units, so sums of 64 x 64, for dW
-      64 x 32, in steps of 16 (skipping 32).
+      64 x 32, in steps of 16 (skipping 32 where the weight is fp32 too).
+    - Rows that are not aligned: 32 x 32 x 32, for fp32 in steps of 16, in two stages. Reading by
+      the element takes registers, and a size that 16 does not divide should be rare.
     - Skipping cuts ``BLOCK_N`` and ``BLOCK_K`` to the block.
     - ``num_warps``: 8 above 64 x 64 sums (fp32: from 32 x 32), 2 up to 16 x 32 (fp32:
       below), else 4.
-    - ``num_stages``: up to 4 (dW: 3), as both operands fit.
+    - ``num_stages``: up to 4 (fused dW: 3), as both operands fit.
+    - ``max_registers``: of up to four warps, for skipping dW and rows that are not aligned.
 
     Args:
         which: ``"fwd"`` | ``"dx"`` | ``"dw"``; ``"skip_fwd"`` | ``"skip_dx"`` | ``"skip_dw"``.
         M, N, K: rows of ``x``, outputs, inputs.
         w_dtype, x_dtype: fp32 | fp16 | bf16.
         block: ``(bn, bk)`` weights that a gate covers.
+        aligned: whether rows of all operands can be read in wide pieces.
         native: for Triton's CPU compiler, which unrolls a tile.
     """
     if native:
         return GatedTile(16, 16, 16, 1, 1)
     wide = x_dtype.itemsize > 2
+    if not aligned:
+        return _small_tile(which, M, block, wide)
     skip, which = which.startswith("skip_"), which.removeprefix("skip_")
     odd = any(side > 1 and side % 64 for side in block) and not skip
     bn, bk = (max(16, 1 << (side - 1).bit_length()) if skip else 128 for side in block)
@@ -153,7 +165,7 @@ def tile_for_gated_linear(
         block_n, block_k = min(bn, 64 if wide or odd else 128), min(bk, 32 if wide else 64)
         block_m = 16 if wide else 32
         area, step = block_n * block_k, (block_n + block_k) * block_m * x_dtype.itemsize
-        most = 3
+        most = 4 if skip else 3
     else:
         (side, inner) = (bn, bk) if which == "fwd" else (bk, bn)
         few = M <= 64 or which == "dx" or wide or odd
@@ -164,7 +176,7 @@ def tile_for_gated_linear(
         area = out * block_m
         deep = skip and which == "fwd" and not wide and w_dtype.itemsize == 2
         depth = min(inner, 64 if deep else 32)
-        if wide and not skip:
+        if wide and not (skip and w_dtype.itemsize > 2):
             depth = 16
         block_n, block_k = (out, depth) if which == "fwd" else (depth, out)
         step = (out * w_dtype.itemsize + block_m * x_dtype.itemsize) * depth
@@ -173,5 +185,18 @@ def tile_for_gated_linear(
     if area > 64 * 64 or (wide and area >= 32 * 32):
         warps = 8
     else:
-        warps = 4 if area > 16 * 32 or (wide and area == 16 * 32) else 2
-    return GatedTile(block_n, block_m, block_k, stages, warps)
+        warps = 4 if area > 16 * 32 or (area == 16 * 32 and (wide or which == "dw")) else 2
+    cap = _MAX_REGISTERS if skip and which == "dw" and warps <= 4 else None
+    return GatedTile(block_n, block_m, block_k, stages, warps, cap)
+
+
+def _small_tile(which: str, M: int, block: tuple[int, int], wide: bool) -> GatedTile:
+    """32 on each side, of what is added up 16 if values are wide."""
+    skip, which = which.startswith("skip_"), which.removeprefix("skip_")
+    most = [max(16, 1 << (side - 1).bit_length()) if skip else 32 for side in block]
+    rows = 16 if M <= 16 and which != "dw" else 32
+    sides = {"N": min(32, most[0]), "M": rows, "K": min(32, most[1])}
+    inner = {"fwd": "K", "dx": "N", "dw": "M"}[which]  # what is added up
+    sides[inner] = min(sides[inner], 16 if wide else 32)
+    warps, cap = (8, None) if wide else (4, _MAX_REGISTERS)
+    return GatedTile(sides["N"], sides["M"], sides["K"], 2, warps, cap)
