@@ -81,6 +81,12 @@ def launch_options(
     return options
 
 
+def dot_precision() -> str:
+    """Precision of fp32 products, as PyTorch's own switch says (``allow_tf32`` sets it too)."""
+    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32" and torch.version.hip is None
+    return "tf32" if tf32 else "ieee"
+
+
 def device_of(t: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
     """Launch kernels on ``t`` inside this: Triton takes the current device, not the tensor's."""
     if t.device.type == "cuda":

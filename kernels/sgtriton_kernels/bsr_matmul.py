@@ -19,7 +19,7 @@ from torch.utils.flop_counter import register_flop_formula
 from ._bf16 import round_to_bf16, soft_bf16
 from ._impl import resolve_impl
 from ._ops import add_op_namespace_prefix, ops
-from ._triton import device_of, launch_options, tl, triton
+from ._triton import device_of, dot_precision, launch_options, tl, triton
 from .bsr import BlockSparse
 from .tiles import MAX_BLOCK_N, Tile, tile_for_bsr_linear
 
@@ -264,18 +264,12 @@ def _bsr_linear_fwd(
             ALIGNED_K=stride_xk == 1 and stride_xm % 16 == 0 and k % 16 == 0,
             ALIGNED_N=n % 16 == 0,
             SOFT_BF16=soft_bf16(x2.dtype, x2.device),
-            PRECISION=_dot_precision(),
+            PRECISION=dot_precision(),
             BN=bn, BK=bk,
             BLOCK_M=tile.BLOCK_M, BLOCK_N=block_n, BLOCK_K=min(tile.BLOCK_K, bk),
             **launch_options(x2.device, tile.num_stages, tile.num_warps),
         )  # fmt: skip
     return out
-
-
-def _dot_precision() -> str:
-    """Precision of fp32 products, as PyTorch's own switch says (``allow_tf32`` sets it too)."""
-    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32" and torch.version.hip is None
-    return "tf32" if tf32 else "ieee"
 
 
 # Measured on one AVX2 core at N=4096, K=1024, a tenth of the blocks stored, 1 to 512 rows of x.

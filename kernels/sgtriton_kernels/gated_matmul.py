@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -369,8 +370,7 @@ def _gated_linear_grads(ctx, dy):
         return (None,) * 7
     _, *needs, _, _ = ctx.needs_input_grad
     saved = ctx.saved_tensors
-    compute: Callable[..., tuple[torch.Tensor, ...]]
-    compute = _gated_linear_bwd_op if is_watched(dy, *saved) else _gated_linear_bwd
+    compute: Any = _gated_linear_bwd_op if is_watched(dy, *saved) else _gated_linear_bwd
     grads = compute(dy, *saved, *ctx.static, needs)
     dx, dw, dgate, dbias = (g if need else None for g, need in zip(grads, needs, strict=True))
     return None, dx, dw, dgate, dbias, None, None

@@ -36,9 +36,8 @@ from __future__ import annotations
 import torch
 
 from ._bf16 import round_to_bf16, soft_bf16
-from ._triton import device_of, launch_options, tl, triton
+from ._triton import device_of, dot_precision, launch_options, tl, triton
 from .blocks import gate_layout, sum_blocks
-from .bsr_matmul import _dot_precision
 from .gate_bits import OpenBlocks
 from .tiles import GatedTile
 
@@ -471,7 +470,7 @@ def _product(
             HAS_BIAS=bias is not None,
             ALIGNED_X=is_aligned(x2), ALIGNED_W=is_aligned(w), ALIGNED_OUT=size % 16 == 0,
             SOFT_BF16=soft_bf16(x2.dtype, x2.device),
-            PRECISION=_dot_precision(),
+            PRECISION=dot_precision(),
             BN=block[0], BK=block[1],
             WORDS=_words(block[1], block_k),
             BLOCK_M=tile.BLOCK_M, BLOCK_N=block_n, BLOCK_K=block_k,
@@ -518,7 +517,7 @@ def _dw(
             ALIGNED_DY=is_aligned(dy2), ALIGNED_X=is_aligned(x2), ALIGNED_W=is_aligned(w),
             ALIGNED_OUT=k % 16 == 0,
             SOFT_BF16=soft_bf16(x2.dtype, x2.device), SOFT_DW=soft_bf16(w.dtype, w.device),
-            PRECISION=_dot_precision(),
+            PRECISION=dot_precision(),
             BN=block[0], BK=block[1],
             SUM_N=sum_n, SUM_K=sum_k,
             WORDS=_words(block[1], block_k),
