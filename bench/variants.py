@@ -197,7 +197,7 @@ def _gate_penalties(gradient: bool) -> Variant:
 def _gated_linear() -> Iterator[Variant]:
     bf16, fp32 = torch.bfloat16, torch.float32
     for which in ("fwd", "dx", "dw"):
-        for x_dtype, w_dtype in ((bf16, fp32), (bf16, bf16), (fp32, fp32)):
+        for x_dtype, w_dtype in ((bf16, fp32), (bf16, bf16), (fp32, fp32), (fp32, bf16)):
             mixed = x_dtype != w_dtype  # the main case: of the others fewer blocks
             fused, skip = [(1, 1)], [(64, 64)]
             if mixed:
@@ -209,6 +209,8 @@ def _gated_linear() -> Iterator[Variant]:
                     yield _gated_product(which, False, block, m, x_dtype, w_dtype)
                 for block in skip:
                     yield _gated_product(which, True, block, m, x_dtype, w_dtype)
+            if w_dtype == fp32:  # not taken by itself where x is fp32 too
+                yield _gated_product(which, False, (32, 32), 128, x_dtype, w_dtype)
             for m in ROWS[::3]:
                 yield _gated_product(which, False, (1, 1), m, x_dtype, w_dtype, SIZE - 1)
                 yield _gated_product(which, True, (64, 64), m, x_dtype, w_dtype, SIZE - 1)

@@ -15,11 +15,13 @@ from sgtriton_kernels import (
     gated_torch,
     skip_torch,
 )
+from sgtriton_kernels._ops import is_watched
 from sgtriton_kernels._triton import INTERPRETED, why_not_triton
 from sgtriton_kernels.blocks import expand_gates, sum_blocks
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -76,6 +78,12 @@ def eager(x, w, gate, bias, layout):
     return F.linear(
         x, gated if torch.is_autocast_enabled(x.device.type) else gated.to(x.dtype), bias
     )
+
+
+def nothing_runs(monkeypatch):
+    """Whatever would compute fails: what is refused is refused before."""
+    for name in ("_gated_linear_op", "_gated_linear_fwd"):
+        monkeypatch.setattr(gated_matmul, name, None)
 
 
 def one_seed(value, device):
@@ -432,16 +440,20 @@ def test_all_gates_alike(block, closed, device, impl):
 
 
 @pytest.mark.parametrize("block", [(1, 1), (16, 32)])
-def test_second_derivatives_are_refused_and_first_ones_stay_right(block, device, impl):
+def test_second_derivatives_are_right_or_refused_and_first_ones_stay_right(block, device, impl):
     layout, inputs, dy = make((9, 20, 40), block, torch.float32, device)
     x, w, gate, bias = inputs
     refs = reference(x, w, gate > 0.5, bias, dy, layout)
     for method in methods(impl, layout):
         y = gated_linear(*inputs, block, method=method, impl=impl)
-        grads = torch.autograd.grad(y, inputs, dy.clone().requires_grad_(), create_graph=True)
+        outside = dy.clone().requires_grad_()
+        grads = torch.autograd.grad(y, inputs, outside, create_graph=True)
         assert_all_exact(method, (y, *grads), refs)
-        with pytest.raises(RuntimeError, match="differentiate twice"):
-            grads[0].sum().backward()
+        (second,) = torch.autograd.grad(grads[0].sum(), outside, retain_graph=True)
+        ones = torch.ones_like(x)
+        assert_exact(f"{method} twice", second, gated_linear(ones, w, gate, None, block, impl=impl))
+        with pytest.raises(RuntimeError, match="gate_weight_bwd"):
+            grads[1].sum().backward()
         again = gated_linear(*inputs, block, method=method, impl=impl)
         assert_all_exact(f"{method}, after it", value_and_grads(again, inputs, dy), refs)
 
@@ -657,7 +669,7 @@ def test_flops_are_those_of_the_dense_layer(block, device, impl):
     ],
 )  # fmt: skip
 def test_gated_linear_refuses(change, match, monkeypatch):
-    monkeypatch.setattr(gated_matmul, "_gated_linear_op", None)  # nothing is launched
+    nothing_runs(monkeypatch)
     arguments = {"x": torch.rand(3, 6), "w": torch.rand(4, 6), "gate": torch.rand(4, 6)} | change
     with pytest.raises(ValueError, match=match):
         gated_linear(**arguments)
@@ -678,7 +690,7 @@ def test_gated_linear_refuses(change, match, monkeypatch):
 def test_triton_implementation_refuses(change, match, device, monkeypatch):
     if reason := why_not_triton(device):
         pytest.skip(reason)
-    monkeypatch.setattr(gated_matmul, "_gated_linear_op", None)
+    nothing_runs(monkeypatch)
     arguments = {"x": torch.rand(3, 40), "w": torch.rand(20, 40), "gate": torch.rand(20, 40)}
     arguments = {
         name: value.to(device) if isinstance(value, torch.Tensor) else value
@@ -686,6 +698,144 @@ def test_triton_implementation_refuses(change, match, device, monkeypatch):
     }
     with pytest.raises(ValueError, match=match):
         gated_linear(**arguments, impl="triton")
+
+
+def packed_contiguously(t):
+    return t.detach().clone(memory_format=torch.contiguous_format)
+
+
+def test_strides_that_change_before_backward_change_no_gradient(device, impl):
+    """As offloaded activations do: rows of x were not aligned in forward, and are in backward."""
+    torch.manual_seed(0)
+    x = integers(32, 72, device=device).to(torch.bfloat16)[:, :64]
+    w, gate = integers(48, 64, device=device), torch.rand(48, 64, device=device)
+    w.requires_grad_()
+    for kind in ("threshold", "bernoulli"):
+        found = []
+        for hook in (lambda t: t, packed_contiguously):
+            x_leaf = x.detach().requires_grad_()
+            with torch.autograd.graph.saved_tensors_hooks(hook, lambda t: t):
+                seed = one_seed(5, device)
+                y = gated_linear(x_leaf, w, gate, kind=kind, seed=seed, impl=impl)
+            found.append(torch.autograd.grad(y, (x_leaf, w), torch.ones_like(y)))
+        assert found[0][0].abs().sum() > 0
+        for name, plain, packed in zip(("dx", "dw"), *found, strict=True):
+            assert_exact(f"{kind} {name}", packed, plain)
+
+
+@pytest.mark.parametrize("shape", [(6,), (5, 6), (2, 5, 6)])
+def test_results_may_be_written_to_in_place(shape, device, impl):
+    w = torch.rand(4, 6, device=device, requires_grad=True)
+    gate = torch.rand(4, 6, device=device)
+    x = torch.rand(shape, device=device, requires_grad=True)
+    y = gated_linear(x * 1, w, gate, impl=impl)
+    y += 1
+    y.relu_()
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    dx *= 2
+    assert dx.shape == x.shape
+
+
+def test_autocast_leaves_an_fp64_layer_its_bias():
+    x, w = torch.rand(3, 6).double(), torch.rand(4, 6).double()
+    bias, gate = torch.rand(4).double(), torch.ones(4, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = gated_linear(x, w, gate, bias)
+    assert_exact("y", y, F.linear(x, w, bias))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("method", ["multiply", "skip"])
+def test_gates_of_blocks_get_sums_of_wide_products(dtype, method):
+    """300 * 300 is beyond fp16, 1e-4 * 1e-4 below it."""
+    for value in (300.0, 1e-4):
+        x, w = torch.ones(1, 16).to(dtype), torch.full((16, 16), value).to(dtype)
+        gate = torch.ones(1, 1, requires_grad=True)
+        y = gated_linear(x, w, gate, block=(16, 16), method=method, impl="torch")
+        y.backward(torch.full_like(y, value))
+        expected = 256 * w[0, 0].double() ** 2
+        torch.testing.assert_close(gate.grad.double()[0, 0], expected, rtol=1e-6, atol=0)  # pyright: ignore
+
+
+def test_a_gradient_penalty_through_a_gradient_without_graph_is_right(device, impl):
+    """`y.sum()` hands over a gradient that needs none itself: nothing may be dropped for it."""
+    _, (x, w, gate, _), _ = make((5, 20, 40), (1, 1), torch.float32, device)
+    x, gate = x.detach().requires_grad_(), gate.detach()
+    found = []
+    for compute in (
+        lambda: gated_linear(x, w, gate, impl=impl),
+        lambda: F.linear(x, w * (gate > 0.5)),
+    ):
+        y = compute()
+        (dx,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+        found.append(torch.autograd.grad((dx**2).sum() + y.sum(), (x, w)))
+    for name, ours, plain in zip(("dx", "dw"), *found, strict=True):
+        assert_exact(name, ours, plain)
+
+
+@pytest.mark.parametrize("kind", ["threshold", "bernoulli", "hard_concrete"])
+@pytest.mark.parametrize("implementation", ["torch", "triton"])
+def test_layers_without_data_give_shapes(kind, implementation):
+    if implementation == "triton" and (reason := why_not_triton(torch.device("meta"))):
+        pytest.skip(reason)
+    x, w, gate, bias = (
+        torch.empty(shape, device="meta", requires_grad=True)
+        for shape in ((2, 5, 32), (48, 32), (48, 32), (48,))
+    )
+    seed = torch.empty(1, dtype=torch.int64, device="meta")
+    y = gated_linear(x, w, gate, bias, kind=kind, seed=seed, impl=implementation)
+    grads = torch.autograd.grad(y, (x, w, gate, bias), torch.empty_like(y))
+    assert y.shape == (2, 5, 48)
+    assert [g.shape for g in grads] == [t.shape for t in (x, w, gate, bias)]
+
+
+def test_another_default_dtype_changes_nothing():
+    _, inputs, dy = make((9, 64, 64), (16, 16), torch.float32, "cpu", torch.randn)
+    found = []
+    for default in (torch.float32, torch.bfloat16):
+        torch.set_default_dtype(default)
+        try:
+            for kind, reopen in (("threshold", False), ("bernoulli", True)):
+                y = gated_linear(
+                    *inputs, (16, 16), kind=kind, seed=one_seed(3, "cpu"), reopen=reopen,
+                    method="skip", impl="torch",
+                )  # fmt: skip
+                found.append(value_and_grads(y, inputs, dy))
+        finally:
+            torch.set_default_dtype(torch.float32)
+    for plain, other in zip(found[:2], found[2:], strict=True):
+        for name, a, b in zip(["y", "dx", "dw", "dgate", "dbias"], plain, other, strict=True):
+            assert a.dtype == b.dtype == torch.float32
+            assert_exact(name, b, a)
+
+
+class OpNames(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_who_looks_at_ops_sees_them_in_forward_and_in_backward(device, impl):
+    _, inputs, dy = make((5, 20, 40), (1, 1), torch.float32, device)
+    assert not is_watched(*inputs, None)
+    with OpNames() as forward:
+        assert is_watched(*inputs)
+        y = gated_linear(*inputs, impl=impl)
+    assert "gated_linear.default" in forward.names
+    y.backward(dy)
+    refs = [t.grad.clone() for t in inputs]
+    y = gated_linear(*inputs, impl=impl)
+    for t in inputs:
+        t.grad = None
+    with OpNames() as backward:
+        y.backward(dy)
+    assert "gated_linear_bwd.default" in backward.names
+    for t, ref in zip(inputs, refs, strict=True):
+        assert_exact("gradient", t.grad, ref)
 
 
 SCRATCH = [((9, 64, 96), (1, 1), "multiply"), ((70, 20, 40), (4, 4), "multiply"),

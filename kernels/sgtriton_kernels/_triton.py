@@ -12,7 +12,10 @@ from typing import Any
 
 import torch
 
-__all__ = ["INTERPRETED", "device_of", "is_native", "tl", "triton", "why_not_triton"]
+__all__ = [
+    "INTERPRETED", "device_of", "dot_precision", "is_native", "launch_options", "tl", "triton",
+    "why_not_triton",
+]  # fmt: skip
 
 try:
     import triton

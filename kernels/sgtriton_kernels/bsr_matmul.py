@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 
+from ._autocast import cast_like_autocast
 from ._bf16 import round_to_bf16, soft_bf16
 from ._impl import resolve_impl
 from ._ops import add_op_namespace_prefix, ops
@@ -67,8 +68,8 @@ def bsr_linear(
     values, device = w.values, x.device
     if device.type != "meta" and torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
-        x, values = _cast(x, dtype), _cast(values, dtype)
-        bias = None if bias is None else _cast(bias, dtype)
+        x, values = cast_like_autocast(x, dtype), cast_like_autocast(values, dtype)
+        bias = cast_like_autocast(bias, dtype)
     n, k = w.shape
     if x.dim() == 0 or x.shape[-1] != k:
         raise ValueError(f"x must be [..., {k}] for a weight of shape {w.shape}, got {_shape(x)}")
@@ -103,11 +104,6 @@ def bsr_linear_ref(
     if bias is not None:
         out = out + bias.to(wide)
     return _ACTIVATIONS[activation or "none"](out).to(x.dtype)
-
-
-def _cast(t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """As autocast does: fp64 and integers stay."""
-    return t if t.dtype == torch.float64 or not t.is_floating_point() else t.to(dtype)
 
 
 def _check_agrees(name: str, t: torch.Tensor, x: torch.Tensor) -> None:

@@ -89,7 +89,8 @@ def gate_weight(
         w: ``[N, K]`` or ``[O, I / groups, *taps]`` fp32 | fp16 | bf16 (fp64 in the ``torch``
             implementation), any strides. Weight.
         gate: fp32, shape as :func:`gate_layout` gives it for ``block``. Gates; read as
-            ``clip(gate, 0, 1)``, log alpha of ``"hard_concrete"`` as clipped to +-log 100.
+            ``clip(gate, 0, 1)``, log alpha of ``"hard_concrete"`` as clipped to +-log 100. Numbers:
+            what NaN gives depends on the implementation.
         block: ``(bn, bk)`` weights that one gate covers; ``None`` is the whole dimension.
         groups: of the convolution that the weight belongs to.
         kind: ``"threshold"`` | ``"bernoulli"`` | ``"hard_concrete"``.

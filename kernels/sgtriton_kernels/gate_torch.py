@@ -139,4 +139,4 @@ def _slope(z: torch.Tensor, s: torch.Tensor, temperature: float) -> torch.Tensor
 
 def _draws(gate: torch.Tensor, seed: torch.Tensor) -> torch.Tensor:
     generator = torch.Generator(gate.device).manual_seed(int(seed))
-    return torch.rand(gate.shape, generator=generator, device=gate.device)
+    return torch.rand(gate.shape, generator=generator, dtype=gate.dtype, device=gate.device)

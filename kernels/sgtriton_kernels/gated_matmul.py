@@ -28,15 +28,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
 from . import gated_torch
+from ._autocast import cast_like_autocast
 from ._impl import resolve_impl
 from ._ops import add_op_namespace_prefix, is_watched, ops
 from ._triton import is_native
 from .blocks import Block, GateLayout, expand_gates, gate_layout
-from .gate import check_gates, gate_weight_bwd, gate_weight_fwd
+from .gate import check_gates, gate_weight, gate_weight_bwd, gate_weight_fwd
 from .gate_bits import open_lists, pack_gates
 from .gated_product import fused_dw, fused_dx, fused_fwd, is_aligned, skip_dw, skip_dx, skip_fwd
 from .tiles import GatedTile, tile_for_gated_linear
@@ -68,7 +68,8 @@ def gated_linear(
         x: ``[..., K]`` fp32 | fp16 | bf16 (fp64 in the ``torch`` implementation), any strides.
         w: ``[N, K]``, dtype of ``x`` or another (fp64 with fp64 only), any strides. Weight; read as
             rounded to the dtype of ``x``.
-        gate: fp32, shape as :func:`.gate_layout` gives it for ``block``. Gates.
+        gate: fp32, shape as :func:`.gate_layout` gives it for ``block``. Gates; numbers: what NaN
+            gives depends on implementation and method.
         bias: ``[N]``, dtype of ``x``.
         block: ``(bn, bk)`` weights that one gate covers; ``None`` is the whole dimension.
         kind: ``"threshold"`` | ``"bernoulli"`` | ``"hard_concrete"``.
@@ -92,8 +93,7 @@ def gated_linear(
     device = x.device
     if device.type != "meta" and torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
-        x = x if x.dtype == torch.float64 else x.to(dtype)
-        bias = None if bias is None or bias.dtype == torch.float64 else bias.to(dtype)
+        x, bias = cast_like_autocast(x, dtype), cast_like_autocast(bias, dtype)
     check_gates(w, gate, layout, kind, seed, w.dtype)
     _check(x, w, bias, kind, reopen)
     unsupported = None
@@ -141,7 +141,7 @@ def _multiply_bwd(dy2, x2, w, gate, seed, layout: GateLayout, kind: str, needs, 
 def _forward_triton(x2, w, gate, bias, seed, bits, layout: GateLayout, kind: str, method: str):
     """``y``; fills ``bits``, which *fused* and *skip* read."""
     block = layout.block
-    method = _choose_triton(method, layout, kind, w, x2)
+    method = _choose_triton(method, layout, kind, x2)
     if method == "multiply":
         bits.zero_()  # nothing reads them, but they are an output
         return _multiply_fwd(x2, w, gate, bias, seed, layout, kind, "triton")
@@ -154,7 +154,7 @@ def _forward_triton(x2, w, gate, bias, seed, bits, layout: GateLayout, kind: str
 
 def _backward_triton(dy2, x2, w, gate, seed, bits, layout: GateLayout, kind, method, needs, reopen):
     block = layout.block
-    method = _choose_triton(method, layout, kind, w, x2)
+    method = _choose_triton(method, layout, kind, x2)
     need_dx, need_dw, need_dgate = needs
     dx = dw = dgate = None
     if method == "multiply":
@@ -186,7 +186,7 @@ def _tile(which: str, layout: GateLayout, w: torch.Tensor, *rows: torch.Tensor) 
     )
 
 
-def _choose_triton(method: str, layout: GateLayout, kind: str, w, x2: torch.Tensor) -> str:
+def _choose_triton(method: str, layout: GateLayout, kind: str, x2: torch.Tensor) -> str:
     """The method: as told, or by shape; reasoned, not measured."""
     if method != "auto":
         return method
@@ -198,9 +198,9 @@ def _choose_triton(method: str, layout: GateLayout, kind: str, w, x2: torch.Tens
     most = 2048
     if x2.device.type == "cuda" and torch.cuda.get_device_capability(x2.device)[0] in (9, 10):
         most = 4096
-    if len(x2) > most or x2.dtype == torch.float32 or not _read_wide(layout, w, x2):
-        return "multiply"
-    return "fused"
+    # by what backward is sure to meet again: strides may change on the way (offloaded activations)
+    aligned = all(size % 16 == 0 for size in layout.weight_shape)
+    return "fused" if aligned and len(x2) <= most and x2.dtype != torch.float32 else "multiply"
 
 
 def _read_wide(layout: GateLayout, *operands: torch.Tensor) -> bool:
@@ -278,7 +278,7 @@ def _gated_linear_fwd(
         y = _multiply_fwd(x2, w, gate, bias, seed, layout, kind, impl)
     else:
         y = gated_torch.forward(x2, w, gate, seed, bias, bits, layout, method)
-    return (y if x.dim() == 2 else y.view(*x.shape[:-1], w.shape[0])), bits
+    return _shaped(y, (*x.shape[:-1], w.shape[0])), bits
 
 
 def _gated_linear_fake(x, w, gate, bias, seed, bn, bk, kind, reopen, method, impl):
@@ -288,6 +288,11 @@ def _gated_linear_fake(x, w, gate, bias, seed, bn, bk, kind, reopen, method, imp
 def _rows(t: torch.Tensor) -> torch.Tensor:
     """``[..., K]`` as ``[M, K]``; -1 would not do where ``K`` is 0."""
     return t if t.dim() == 2 else t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
+
+
+def _shaped(t: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """A new matrix in another shape. No view: autograd allows no writing to a function's views."""
+    return t if len(shape) == 2 else torch.ops.aten._unsafe_view(t, shape)
 
 
 def _empty_bits(gate, kind: str, seed, impl: str) -> torch.Tensor:
@@ -326,8 +331,7 @@ def _gated_linear_bwd(
         dx, dw, dgate = _multiply_bwd(dy2, x2, w, gate, seed, layout, kind, wanted, impl)
     else:
         dx, dw, dgate = gated_torch.backward(dy2, x2, w, gate, bits, layout, method, wanted, reopen)
-    if dx is not None and x.dim() != 2:
-        dx = dx.view(x.shape)
+    dx = None if dx is None else _shaped(dx, x.shape)
     # an op gives tensors: empty ones for what nobody needs
     return (
         dy2.new_empty(0) if dx is None else dx,
@@ -360,12 +364,10 @@ class _GatedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy, _):
-        if torch.is_grad_enabled():  # create_graph: what it writes to is used again
-            return once_differentiable(_gated_linear_grads)(ctx, dy)
-        return _gated_linear_grads(ctx, dy)
+        return (_grads_with_graph if torch.is_grad_enabled() else _grads)(ctx, dy)
 
 
-def _gated_linear_grads(ctx, dy):
+def _grads(ctx, dy):
     if dy is None:
         return (None,) * 7
     _, *needs, _, _ = ctx.needs_input_grad
@@ -373,6 +375,24 @@ def _gated_linear_grads(ctx, dy):
     compute: Any = _gated_linear_bwd_op if is_watched(dy, *saved) else _gated_linear_bwd
     grads = compute(dy, *saved, *ctx.static, needs)
     dx, dw, dgate, dbias = (g if need else None for g, need in zip(grads, needs, strict=True))
+    return None, dx, dw, dgate, dbias, None, None
+
+
+def _grads_with_graph(ctx, dy):
+    """The same through differentiable ops: ``dx`` can be differentiated again, ``dW`` cannot."""
+    if dy is None:
+        return (None,) * 7
+    x, w, gate, seed, _ = ctx.saved_tensors
+    bn, bk, kind, reopen, _, impl = ctx.static
+    _, *needs, need_dbias, _, _ = ctx.needs_input_grad
+    trained = gate if reopen else torch.where(gate > 0.5, gate, gate.detach())
+    gated = gate_weight(w, trained, (bn, bk), kind=kind, seed=seed, dtype=x.dtype, impl=impl)
+    inputs = [t for t, need in zip((x, w, gate), needs, strict=True) if need]
+    grads = iter(())
+    if inputs:
+        grads = iter(torch.autograd.grad(F.linear(x, gated), inputs, dy, create_graph=True))
+    dx, dw, dgate = (next(grads) if need else None for need in needs)
+    dbias = dy.sum(tuple(range(dy.dim() - 1))) if need_dbias else None
     return None, dx, dw, dgate, dbias, None, None
 
 

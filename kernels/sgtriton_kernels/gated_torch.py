@@ -1,9 +1,9 @@
 """Gated linear layer in library calls: what the ``torch`` implementation of ``gated_linear`` does.
 
 *multiply* forms the gated weight in a scratch buffer and multiplies by it. One buffer for each
-thread is kept between calls and reused by all layers: on a CPU, fresh memory of a weight's size
-costs more than the arithmetic on it. Nothing of it is saved for backward, which forms the gated
-weight again.
+thread and dtype is kept between calls and reused by all layers: on a CPU, fresh memory of a
+weight's size costs more than the arithmetic on it. Nothing of it is saved for backward, which forms
+the gated weight again.
 
 *skip* multiplies what is open: :mod:`.skip_torch`.
 """
@@ -127,7 +127,7 @@ def _masked_dw(dy2, x2, w, gate, is_open, layout: GateLayout, need_dgate: bool):
         dgate = dgate.to(gate.dtype)
     elif need_dgate:
         product = scratch(w.numel(), wide, w.device).view(w.shape)
-        torch.mul(d, w, out=product) if d.dtype == w.dtype else product.copy_(d).mul_(w)
+        torch.mul(d, w, out=product) if d.dtype == w.dtype == wide else product.copy_(d).mul_(w)
         dgate = sum_blocks(product, layout).to(gate.dtype)
     dw = d if d.dtype == w.dtype else d.to(w.dtype)
     keep_open(dw, gate, is_open, layout, dw)

@@ -135,7 +135,7 @@ def skip_bwd(
     if not need_dgate:
         return dx, dw, None
     exact = weight if w.dtype == dy2.dtype else blocks.read(w, wide)
-    dgate = torch.zeros(r, c, device=w.device)
+    dgate = torch.zeros(r, c, dtype=torch.float32, device=w.device)
     dgate[blocks.rows, blocks.columns] = d.mul_(exact).sum((1, 2)).to(dgate.dtype)
     return dx, dw, dgate
 

@@ -12,9 +12,6 @@ MAX_BLOCK_N = 128  # output columns per program; a taller block is cut into part
 _SHARED_BYTES = 96 * 1024
 # AMD cards: 64 KB, but the compiler keeps one stage in registers there
 _LDS_BYTES = 64 * 1024
-# Three programs of four warps a multiprocessor. Left alone, ptxas now and then gives a kernel a few
-# registers less than it needs, for one program more, and spills 8 or 16 bytes.
-_MAX_REGISTERS = 168
 
 
 @dataclass(frozen=True)
@@ -143,7 +140,8 @@ def tile_for_gated_linear(
     - ``num_warps``: 8 above 64 x 64 sums (fp32: from 32 x 32), 2 up to 16 x 32 (fp32:
       below), else 4.
     - ``num_stages``: up to 4 (fused dW: 3), as both operands fit.
-    - ``max_registers``: of up to four warps, for skipping dW and rows that are not aligned.
+    - ``max_registers``: for fp32 rows (skipping: beside a 16-bit weight), skipping dW, and rows
+      that are not aligned.
 
     Args:
         which: ``"fwd"`` | ``"dx"`` | ``"dw"``; ``"skip_fwd"`` | ``"skip_dx"`` | ``"skip_dw"``.
@@ -186,7 +184,8 @@ def tile_for_gated_linear(
         warps = 8
     else:
         warps = 4 if area > 16 * 32 or (area == 16 * 32 and (wide or which == "dw")) else 2
-    cap = _MAX_REGISTERS if skip and which == "dw" and warps <= 4 else None
+    capped = which == "dw" or (wide and w_dtype.itemsize == 2) if skip else wide
+    cap = _most_registers(warps) if capped else None
     return GatedTile(block_n, block_m, block_k, stages, warps, cap)
 
 
@@ -198,5 +197,14 @@ def _small_tile(which: str, M: int, block: tuple[int, int], wide: bool) -> Gated
     sides = {"N": min(32, most[0]), "M": rows, "K": min(32, most[1])}
     inner = {"fwd": "K", "dx": "N", "dw": "M"}[which]  # what is added up
     sides[inner] = min(sides[inner], 16 if wide else 32)
-    warps, cap = (8, None) if wide else (4, _MAX_REGISTERS)
-    return GatedTile(sides["N"], sides["M"], sides["K"], 2, warps, cap)
+    warps = 8 if wide else 4
+    return GatedTile(sides["N"], sides["M"], sides["K"], 2, warps, _most_registers(warps))
+
+
+def _most_registers(warps: int) -> int:
+    """Three programs of four warps a multiprocessor, two of eight.
+
+    Left alone, ptxas now and then gives a kernel a few registers less than it needs, for one
+    program more, and spills 8 or 16 bytes.
+    """
+    return 168 if warps <= 4 else 128
