@@ -36,10 +36,10 @@ _TRAINING = """
 One linear layer, forward and backward, fp32, `torch` implementation, {threads} threads of {cpu},
 PyTorch {torch}, commit {commit}; medians of candidates that took turns, the dense layer being 1.
 "Eager gating" is `F.linear(x, W * ste(g))`. "Saved" is what is kept for backward beside input and
-parameters. Per-weight gates: half are closed; blocks: {closed:.0%}. Each thread keeps one scratch
-buffer between calls (the largest weight's size, or inputs and outputs of 512 rows), which is in no
-column. Gates and their optimizer state come on top: 4 bytes a gate, its gradient 4, Adam's moments
-8. Rerun: `make bench-train`.
+parameters. Per-weight gates: half are closed; blocks: {closed:.0%}. Each thread keeps a scratch
+buffer between calls (the largest weight's size, or 8 MiB beside inputs and outputs of 512 rows),
+which is in no column. Gates and their optimizer state come on top: 4 bytes a gate, its gradient 4,
+Adam's moments 8. Rerun: `make bench-train`.
 
 """
 

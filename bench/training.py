@@ -212,13 +212,17 @@ def table(rows: list[Row]) -> str:
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add ``training`` to the command line."""
     command = commands.add_parser("training", help="a gated training step beside the dense one")
-    command.add_argument("--seconds", type=float, default=12.0, help="for each shape")
+    command.add_argument(
+        "--seconds", type=float, default=12.0, help="for each shape, and at least 11 turns"
+    )
     command.add_argument("--threads", type=int, default=2)
     command.add_argument("--out", type=Path, default=RESULTS / "training.csv")
     command.set_defaults(run=_run)
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    if arguments.threads < 1:
+        raise ValueError(f"--threads must be at least 1, got {arguments.threads}")
     torch.manual_seed(0)
     torch.set_num_threads(arguments.threads)
     rows = []

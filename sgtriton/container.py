@@ -71,7 +71,9 @@ def read_file(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """
     try:
         if not path.is_file():
-            raise ValueError(f"{path}: no such file")
+            raise ValueError(
+                f"{path}: {'a folder, not a file' if path.is_dir() else 'no such file'}"
+            )
         data = path.read_bytes()  # a copy: the file may change while it is checked
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error}") from error

@@ -148,7 +148,12 @@ class SparsityController:
             raise ValueError(f"target must be a sparsity in [0, 1), got {target}")
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise ValueError(f"steps must be the number of optimizer steps, >= 1, got {steps!r}")
-        if len(ramp) != 2 or not 0 <= ramp[0] < ramp[1] <= freeze_at <= 1:
+        try:
+            start, end = ramp
+            in_order = 0 <= start < end <= freeze_at <= 1
+        except (TypeError, ValueError):  # no pair, or no numbers
+            in_order = False
+        if not in_order:
             raise ValueError(
                 f"0 <= ramp[0] < ramp[1] <= freeze_at <= 1 must hold, got ramp={ramp}, "
                 f"freeze_at={freeze_at}"

@@ -206,6 +206,11 @@ class GatedModule(nn.Module):
             )
         gate = state_dict.get(f"{prefix}gate")
         if gate is None:
+            if f"{prefix}values" in state_dict:
+                raise ValueError(
+                    f"{name}: the state is that of a sparse layer, the layer is gated; call "
+                    "sgtriton.sparsify first, or sgtriton.load with a file"
+                )
             return
         block = tuple(metadata.get("gate_block", self.layout.block))
         if block != self.layout.block:  # other blocks can give a gate of the same shape

@@ -40,11 +40,14 @@ def param_groups(
         gradient are left out.
 
     Raises:
-        ValueError: a negative rate or decay, or a model without gates.
+        ValueError: a rate or decay that is no number >= 0, an ``optimizer`` that is no optimizer
+            class, or a model without gates.
     """
     for name, value in (("lr", lr), ("weight_decay", weight_decay), ("gate_lr", gate_lr)):
-        if value is not None and not value >= 0:
-            raise ValueError(f"{name} must be >= 0, got {value}")
+        if value is not None and not (isinstance(value, (int, float)) and value >= 0):
+            raise ValueError(f"{name} must be a number >= 0, got {value!r}")
+    if not (isinstance(optimizer, type) and issubclass(optimizer, torch.optim.Optimizer)):
+        raise ValueError(f"optimizer must be a class of optimizers, got {optimizer!r}")
     layers = list(gated_layers(model))
     if not layers:
         raise ValueError("the model has no gated layer; call sgtriton.patch(model) first")

@@ -303,6 +303,8 @@ def _is_lazy(module: nn.Module) -> bool:
 
 
 def _check_unwrapped(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     for name, module in model.named_modules():
         if isinstance(module, nn.parallel.DistributedDataParallel):
             raise ValueError(

@@ -144,7 +144,12 @@ class SparseModule(nn.Module):
         self, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any]
     ) -> None:
         """Raise ``ValueError`` where the layer's part of a state dict is no valid stored weight."""
-        self._read_state(state_dict, prefix)
+        stored = self._read_state(state_dict, prefix)
+        if stored is None and f"{prefix}weight" in state_dict:
+            raise ValueError(
+                f"{prefix[:-1] or 'the model'}: the state is that of a dense or gated layer, the "
+                "layer is sparse; load it before sgtriton.sparsify"
+            )
 
     def _read_state(self, state_dict: dict[str, Any], prefix: str) -> StoredWeight | None:
         names = ("values", "bits") if self.layout.per_weight else ("values", "crow", "col")

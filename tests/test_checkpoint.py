@@ -689,7 +689,7 @@ def test_missing_files_and_folders_are_refused(tmp_path):
         tmp_path / "no" / "x.sgt",
         tmp_path / ("x" * 300),
     ):
-        refuse(model, path, "no such file|cannot be read")
+        refuse(model, path, "no such file|not a file|cannot be read")
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,10 @@ def test_parse_block_says_what_is_allowed(text):
         (["demo", "--epochs", "2.5"], "epochs must be a whole number, got '2.5'"),
         (["demo", "--seed", "-1"], "seed must be in [0, 2**63), got -1"),
         (["demo", "--model", "vgg"], "model must be one of lenet300, lenet5, got 'vgg'"),
-        (["demo", "--gate", "soft"], "gate must be one of threshold, bernoulli, got 'soft'"),
+        (
+            ["demo", "--gate", "soft"],
+            "gate must be one of threshold, bernoulli, hard_concrete, got 'soft'",
+        ),
         (["demo", "--data", "nowhere"], "nowhere is no folder"),
         (["demo", "--out", "a-file"], "out: cannot write into the folder a-file"),
         (["demo", "--out", "a-file/below"], "out: cannot write into the folder"),

@@ -440,3 +440,11 @@ def test_frozen_state_before_the_models_is_refused():
     state = training.controller.state_dict()
     with pytest.raises(ValueError, match="load the model's state first"):
         Training(steps=20).controller.load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    "options", [{"ramp": 0.5}, {"ramp": ("a", "b")}, {"ramp": (0.5, 0.1)}, {"freeze_at": "a"}]
+)
+def test_shares_that_are_no_numbers_in_order_are_refused(options):
+    with pytest.raises(ValueError, match=r"0 <= ramp\[0\] < ramp\[1\] <= freeze_at <= 1"):
+        SparsityController(make_model(), target=0.5, steps=10, **options)

@@ -257,10 +257,12 @@ def test_optimizer_state_saved_after_the_freeze_loads_into_a_new_optimizer():
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"lr": -0.1}, r"lr must be >= 0, got -0\.1"),
-        ({"weight_decay": -1.0}, "weight_decay must be >= 0"),
-        ({"gate_lr": -1.0}, "gate_lr must be >= 0"),
-        ({"lr": float("nan")}, "lr must be >= 0, got nan"),
+        ({"lr": -0.1}, r"lr must be a number >= 0, got -0\.1"),
+        ({"weight_decay": -1.0}, "weight_decay must be a number >= 0"),
+        ({"gate_lr": -1.0}, "gate_lr must be a number >= 0"),
+        ({"lr": float("nan")}, "lr must be a number >= 0, got nan"),
+        ({"lr": "1e-2"}, "lr must be a number >= 0, got '1e-2'"),
+        ({"optimizer": "sgd"}, "optimizer must be a class of optimizers, got 'sgd'"),
         ({"model": nn.Linear(2, 2)}, "no gated layer"),
     ],
 )

@@ -762,3 +762,8 @@ def test_folding_nan_gates_is_refused_before_anything_changes():
     with pytest.raises(ValueError, match=r"^1: gates must be numbers, got NaN at gate\[0, 1\]"):
         sgtriton.unpatch(model, fold=True)
     assert all(type(layer) is sgtriton.GatedLinear for layer in model)
+
+
+def test_what_is_no_module_is_refused():
+    with pytest.raises(ValueError, match=r"model must be a torch\.nn\.Module, got str"):
+        sgtriton.patch("x")  # pyright: ignore

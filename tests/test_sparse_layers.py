@@ -371,6 +371,23 @@ def test_state_of_another_gate_block_is_refused():
 
 
 @pytest.mark.parametrize("block", [(1, 1), (4, 4)])
+@torch.no_grad()
+def test_state_of_another_form_is_refused_and_changes_nothing(block):
+    """PyTorch would load the biases and only then name the keys that are missing."""
+    forms = {
+        "dense": nn.Sequential(nn.Linear(13, 9)),
+        "gated": gated(nn.Linear(13, 9), block),
+        "sparse": served(nn.Linear(13, 9), block),
+    }
+    for holder, source in (("gated", "sparse"), ("sparse", "gated"), ("sparse", "dense")):
+        model, state = forms[holder], forms[source].state_dict()
+        before = snapshot(model)
+        with pytest.raises(ValueError, match=r"^0: the state is that of"):
+            model.load_state_dict(state)
+        assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("block", [(1, 1), (4, 4)])
 @pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 @torch.no_grad()
 def test_copies_compute_the_same_and_are_independent(block, copy_of):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from sgtriton_kernels.kinds import GATE_KINDS
 from torch import nn
 
 import sgtriton
@@ -27,7 +28,6 @@ from .training import History, predict, steps_for, train
 
 __all__ = ["Layer", "Result", "Settings", "run"]
 
-GATES = ("threshold", "bernoulli")
 _BATCHES = (1, 128)
 # Layers this small gain nothing from a second thread and lose much where another program holds the
 # core it waits for; with one thread a seed also gives the same numbers whatever the machine.
@@ -42,7 +42,7 @@ class Settings:
         model: ``lenet300`` or ``lenet5``.
         block: Gate block of all layers but the last, which is gated per weight: it is small and
             every weight of it counts. None is the whole dimension.
-        gate: ``threshold`` or ``bernoulli``.
+        gate: ``threshold``, ``bernoulli`` or ``hard_concrete``.
         target: Share of the gated weights to close, in [0, 1).
         epochs: Of each of the two trainings; None takes as many as the data need.
         seed: Of the initial weights, the batches and the gates' draws.
@@ -65,8 +65,8 @@ class Settings:
     def __post_init__(self) -> None:
         if self.model not in MODELS:
             raise ValueError(f"model must be one of {', '.join(MODELS)}, got {self.model!r}")
-        if self.gate not in GATES:
-            raise ValueError(f"gate must be one of {', '.join(GATES)}, got {self.gate!r}")
+        if self.gate not in GATE_KINDS:
+            raise ValueError(f"gate must be one of {', '.join(GATE_KINDS)}, got {self.gate!r}")
         if len(self.block) != 2 or any(side is not None and side < 1 for side in self.block):
             raise ValueError(f"block must be two sides of 1 or more (or None), got {self.block}")
         if not 0 <= self.target < 1:
