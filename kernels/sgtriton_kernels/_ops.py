@@ -20,14 +20,15 @@ def add_op_namespace_prefix(name: str) -> str:
 
 
 def is_watched(*tensors: torch.Tensor | None) -> bool:
-    """Whether a call with these tensors must be seen as an op's."""
+    """Whether a call with these tensors, the first of them no ``None``, must be seen as an op's."""
     if torch.compiler.is_compiling():
         return True
     for t in tensors:
-        if type(t) not in _PLAIN or (t is not None and t.is_meta):
+        if type(t) not in _PLAIN:
             return True
     return bool(
-        torch._C._len_torch_dispatch_stack()
+        tensors[0].is_meta
+        or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state()

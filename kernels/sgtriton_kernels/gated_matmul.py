@@ -106,7 +106,7 @@ def gated_linear(
     static = (*layout.block, kind, reopen, method or "auto", impl)
     if is_watched(*tensors):
         return _gated_linear_op(*tensors, *static)[0]
-    return _GatedLinear.apply(_gated_linear_fwd, *tensors, static)[0]
+    return _GatedLinear.apply(*tensors, static)
 
 
 def gated_linear_ref(
@@ -353,9 +353,25 @@ def _gated_linear_bwd_fake(
 
 
 class _GatedLinear(torch.autograd.Function):
+    """The function behind the op, where nobody looks at ops."""
+
     @staticmethod
-    def forward(ctx, compute, x, w, gate, bias, seed, static):
-        y, bits = compute(x, w, gate, bias, seed, *static)
+    def forward(ctx, x, w, gate, bias, seed, static):
+        y, bits = _gated_linear_fwd(x, w, gate, bias, seed, *static)
+        ctx.save_for_backward(x, w, gate, seed, bits)
+        ctx.static = static
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        return (_grads_with_graph if torch.is_grad_enabled() else _grads)(ctx, dy)
+
+
+class _GatedLinearOp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w, gate, bias, seed, static):
+        with torch._C._AutoDispatchBelowAutograd():
+            y, bits = _gated_linear_op(x, w, gate, bias, seed, *static)
         ctx.save_for_backward(x, w, gate, seed, bits)
         ctx.mark_non_differentiable(bits)
         ctx.set_materialize_grads(False)  # else there are zeros for bits, each time
@@ -364,27 +380,25 @@ class _GatedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy, _):
+        if dy is None:
+            return (None,) * 6
         return (_grads_with_graph if torch.is_grad_enabled() else _grads)(ctx, dy)
 
 
 def _grads(ctx, dy):
-    if dy is None:
-        return (None,) * 7
-    _, *needs, _, _ = ctx.needs_input_grad
+    *needs, _, _ = ctx.needs_input_grad
     saved = ctx.saved_tensors
     compute: Any = _gated_linear_bwd_op if is_watched(dy, *saved) else _gated_linear_bwd
     grads = compute(dy, *saved, *ctx.static, needs)
     dx, dw, dgate, dbias = (g if need else None for g, need in zip(grads, needs, strict=True))
-    return None, dx, dw, dgate, dbias, None, None
+    return dx, dw, dgate, dbias, None, None
 
 
 def _grads_with_graph(ctx, dy):
     """The same through differentiable ops: ``dx`` can be differentiated again, ``dW`` cannot."""
-    if dy is None:
-        return (None,) * 7
     x, w, gate, seed, _ = ctx.saved_tensors
     bn, bk, kind, reopen, _, impl = ctx.static
-    _, *needs, need_dbias, _, _ = ctx.needs_input_grad
+    *needs, need_dbias, _, _ = ctx.needs_input_grad
     trained = gate if reopen else torch.where(gate > 0.5, gate, gate.detach())
     gated = gate_weight(w, trained, (bn, bk), kind=kind, seed=seed, dtype=x.dtype, impl=impl)
     inputs = [t for t, need in zip((x, w, gate), needs, strict=True) if need]
@@ -393,16 +407,11 @@ def _grads_with_graph(ctx, dy):
         grads = iter(torch.autograd.grad(F.linear(x, gated), inputs, dy, create_graph=True))
     dx, dw, dgate = (next(grads) if need else None for need in needs)
     dbias = dy.sum(tuple(range(dy.dim() - 1))) if need_dbias else None
-    return None, dx, dw, dgate, dbias, None, None
+    return dx, dw, dgate, dbias, None, None
 
 
 def _gated_linear_autograd(*inputs):
-    return _GatedLinear.apply(_gated_linear_below_autograd, *inputs[:5], inputs[5:])
-
-
-def _gated_linear_below_autograd(*inputs):
-    with torch._C._AutoDispatchBelowAutograd():
-        return _gated_linear_op(*inputs)
+    return _GatedLinearOp.apply(*inputs[:5], inputs[5:])
 
 
 def _register(name: str, function: Callable, fake: Callable) -> torch._ops.OpOverload:

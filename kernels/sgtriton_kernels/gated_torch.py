@@ -119,7 +119,7 @@ def _gated(w, gate, is_open, layout: GateLayout, dtype: torch.dtype) -> torch.Te
 
 def _masked_dw(dy2, x2, w, gate, is_open, layout: GateLayout, need_dgate: bool):
     """``dW`` and ``dgate`` from the dense product."""
-    d = dy2.T @ x2
+    d = dy2.t() @ x2
     wide = torch.promote_types(w.dtype, torch.float32)
     dgate = None
     if need_dgate and layout.per_weight:
