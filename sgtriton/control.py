@@ -250,7 +250,9 @@ class SparsityController:
         self._penalties_since_step = 0
         last = self._last or self._measure()
         self._count += 1
-        if self._count == _FIRST_CHECK or self._count % _CHECK_EVERY == 0:
+        freezes = not self._thawed and self._count >= self.freeze_at * self.steps
+        short = freezes and 3 <= self._count < _FIRST_CHECK  # it ends before the first look
+        if short or self._count == _FIRST_CHECK or self._count % _CHECK_EVERY == 0:
             self._check(last)
         if self.frozen:
             return
@@ -258,7 +260,7 @@ class SparsityController:
             self._start_density = min(1.0, self._controlled(last).item())
         self._mask = last.mask
         self._update_multiplier(last)
-        if not self._thawed and self._count >= self.freeze_at * self.steps:
+        if freezes:
             self.freeze()
 
     @torch.no_grad()
@@ -457,11 +459,11 @@ class SparsityController:
         if math.isnan(mean):
             self._check_gates()
         first = self._first_mean
-        if self._count != _FIRST_CHECK or first is None or self.frozen:
+        if self._count > _FIRST_CHECK or first is None or self.frozen:
             return
         if mean == first.item():
             warnings.warn(
-                f"no gate has moved in {_FIRST_CHECK} steps; is `gate` in the optimizer? "
+                f"no gate has moved in {self._count} steps; is `gate` in the optimizer? "
                 "Make it after patch(), for instance from sgtriton.param_groups(model, lr)",
                 stacklevel=4,
             )

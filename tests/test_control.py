@@ -337,12 +337,16 @@ def test_penalty_that_no_step_follows_warns_once():
         controller.penalty()
 
 
-def test_gates_that_no_optimizer_holds_are_noticed():
-    training = Training()
+@pytest.mark.parametrize(("steps", "noticed"), [(100, 10), (10, 7)])
+def test_gates_that_no_optimizer_holds_are_noticed(steps, noticed):
+    """In a short training before they are frozen as they are."""
+    training = Training(steps=steps)
     held = {id(layer.gate) for layer in gated_layers(training.model)}
     weights = [p for p in training.model.parameters() if id(p) not in held]
     training.optimizer = torch.optim.Adam(weights, 0.01)
-    with pytest.warns(UserWarning, match="no gate has moved in 10 steps.*param_groups") as caught:
+    with pytest.warns(
+        UserWarning, match=f"no gate has moved in {noticed} steps.*param_groups"
+    ) as caught:
         training.run(12)
     assert len(caught) == 1
     with warnings.catch_warnings():
