@@ -52,6 +52,12 @@ class SparseModule(nn.Module):
     dense_type: type[nn.Module]
     can_multiply_blocks = False  # whether there is a product over stored blocks
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        raise ValueError(
+            f"{type(self).__name__} is not made by hand: sgtriton.sparsify makes it of a gated "
+            "layer, sgtriton.load of a file"
+        )
+
     @property
     def layout(self) -> GateLayout:
         """How the gates lay over the weight."""

@@ -622,3 +622,14 @@ def test_to_empty_leaves_no_uninitialised_index(block, through_meta):
     assert model[0].stored.density == 0
     model.load_state_dict(state)
     assert_exact("out", model(x), out)
+
+
+def test_layers_made_by_hand_are_refused():
+    """They would have nothing stored, and fail at the first look at them."""
+    for make in (
+        lambda: sgtriton.BlockSparseLinear(4, 4),
+        lambda: sgtriton.BlockSparseConv1d(4, 4, 3),
+        lambda: sgtriton.BlockSparseConv2d(4, 4, 3),
+    ):
+        with pytest.raises(ValueError, match=r"BlockSparse\w+ is not made by hand.*sparsify"):
+            make()
