@@ -44,7 +44,7 @@ def param_groups(
             class, or a model without gates.
     """
     for name, value in (("lr", lr), ("weight_decay", weight_decay), ("gate_lr", gate_lr)):
-        if value is not None and not (isinstance(value, (int, float)) and value >= 0):
+        if value is not None and (isinstance(value, str) or not value >= 0):  # may be a tensor
             raise ValueError(f"{name} must be a number >= 0, got {value!r}")
     if not (isinstance(optimizer, type) and issubclass(optimizer, torch.optim.Optimizer)):
         raise ValueError(f"optimizer must be a class of optimizers, got {optimizer!r}")

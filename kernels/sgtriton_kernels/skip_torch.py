@@ -119,7 +119,8 @@ def skip_bwd(
         _to_blocks(dy2[start : start + m], dy, bn)
         if need_d:
             _to_blocks(x2[start : start + m], x, bk)
-        out.zero_()
+        if need_dx:
+            out.zero_()
         for part in blocks.parts(m):
             rows, columns = blocks.rows[part], blocks.columns[part]
             a = _gather(dy, rows, here, bn)
