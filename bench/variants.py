@@ -14,7 +14,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from sgtriton_kernels import bsr_matmul, gate, gate_bits, gated_product, penalty, tiles
+from sgtriton_kernels import bsr_product, gate, gate_bits, gated_product, penalty, tiles
 from sgtriton_kernels.blocks import Block, gate_layout
 from sgtriton_kernels.gate_bits import OpenBlocks
 from sgtriton_kernels.gated_matmul import _tile as _gated_tile
@@ -286,7 +286,7 @@ def _bsr_product(dtype: torch.dtype, side: int, m: int) -> Variant:
     tile = tiles.tile_for_bsr_linear(m, (side, side), dtype)
     launch = launch_of(
         functools.partial(
-            bsr_matmul._bsr_linear_fwd,
+            bsr_product.bsr_linear_fwd,
             x2, values, index(rows + 1), index(nnz + 1), index(rows),
             _empty(SIZE, dtype=dtype), SIZE, "gelu", tile,
         )

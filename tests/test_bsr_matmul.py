@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from cards import CARDS, compile_for
 from helpers import DTYPES, assert_exact, assert_within_twice, integers, layouts, poisoned
-from sgtriton_kernels import bsr_matmul
+from sgtriton_kernels import bsr_matmul, bsr_product, bsr_torch
 from sgtriton_kernels._impl import use_impl
 from sgtriton_kernels._triton import INTERPRETED, why_not_triton
 from sgtriton_kernels.bsr import BlockSparse
@@ -177,8 +177,8 @@ def test_torch_implementation_serves_any_block(block, m, device):
 
 def test_torch_implementation_works_in_bounded_chunks(device, monkeypatch):
     w = sparse(64, 96, make=integers, device=device)
-    monkeypatch.setattr(bsr_matmul, "_CHUNK", 1)
-    monkeypatch.setattr(bsr_matmul, "_FEW", 0)
+    monkeypatch.setattr(bsr_torch, "_CHUNK", 1)
+    monkeypatch.setattr(bsr_torch, "_FEW", 0)
     x = integers(70, 96, device=device)
     assert_exact("out", bsr_linear(x, w, impl="torch"), bsr_linear_ref(x, w))
 
@@ -273,7 +273,7 @@ def test_offsets_beyond_32_bits(which, device):
         values = huge
         crow, col = torch.tensor([first, first + 1]).int(), torch.zeros(first + 2).int()
     row_order = torch.zeros(1, dtype=torch.int32)
-    out = bsr_matmul._bsr_linear_fwd(x, values, crow, col, row_order, None, 16, "none", TILE)
+    out = bsr_product.bsr_linear_fwd(x, values, crow, col, row_order, None, 16, "none", TILE)
     assert_exact("out", out, expected)
 
 
@@ -284,13 +284,13 @@ def test_fp32_precision_follows_the_switch_of_pytorch(device, monkeypatch):
         def __getitem__(self, grid):
             return lambda *args, **kwargs: launches.append(kwargs["PRECISION"])
 
-    monkeypatch.setattr(bsr_matmul, "_bsr_linear_fwd_kernel", Recorder())
+    monkeypatch.setattr(bsr_product, "_bsr_linear_fwd_kernel", Recorder())
     w, x = sparse(16, 16), torch.ones(2, 16)
     row_order = torch.zeros(1, dtype=torch.int32)
     try:
         for allow in (False, True):
             torch.backends.cuda.matmul.allow_tf32 = allow
-            bsr_matmul._bsr_linear_fwd(
+            bsr_product.bsr_linear_fwd(
                 x, w.values, w.crow, w.col, row_order, None, 16, "none", TILE
             )
     finally:
@@ -424,7 +424,7 @@ def test_flops_count_stored_weights(device):
 
 
 def kernel_functions():
-    tree = ast.parse(inspect.getsource(bsr_matmul))
+    tree = ast.parse(inspect.getsource(bsr_product))
     return [f for f in tree.body if isinstance(f, ast.FunctionDef) and f.name.endswith("_kernel")]
 
 
@@ -488,7 +488,7 @@ def compiled(card, m, block, dtype, aligned=True):
         "SOFT_BF16": False, "PRECISION": "ieee", "BN": block[0], "BK": block[1],
         "BLOCK_M": tile.BLOCK_M, "BLOCK_N": min(block[0], MAX_BLOCK_N), "BLOCK_K": tile.BLOCK_K,
     }  # fmt: skip
-    kernel = bsr_matmul._bsr_linear_fwd_kernel
+    kernel = bsr_product._bsr_linear_fwd_kernel
     return tile, compile_for(card, kernel, signature, constexprs, tile.num_warps, tile.num_stages)
 
 
