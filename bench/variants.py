@@ -283,12 +283,12 @@ def _bsr_product(dtype: torch.dtype, side: int, m: int) -> Variant:
     rows, nnz = SIZE // side, SIZE // side * 8
     x2, values = _empty(m, SIZE, dtype=dtype), _empty(nnz, side, side, dtype=dtype)
     index = functools.partial(_empty, dtype=torch.int32)
-    tile = tiles.tile_for_bsr_linear(m, (side, side), dtype)
+    tile = tiles.tile_for_bsr_linear("fwd", m, SIZE, SIZE, (side, side), nnz, dtype)
     launch = launch_of(
         functools.partial(
             bsr_product.bsr_linear_fwd,
             x2, values, index(rows + 1), index(nnz + 1), index(rows),
-            _empty(SIZE, dtype=dtype), SIZE, "gelu", tile,
+            _empty(SIZE, dtype=dtype), None, SIZE, "gelu", tile,
         )
     )  # fmt: skip
     flags = launch.constexprs

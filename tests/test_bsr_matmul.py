@@ -15,12 +15,13 @@ from sgtriton_kernels._impl import use_impl
 from sgtriton_kernels._triton import INTERPRETED, why_not_triton
 from sgtriton_kernels.bsr import BlockSparse
 from sgtriton_kernels.bsr_matmul import bsr_linear, bsr_linear_ref
-from sgtriton_kernels.tiles import BSR_LINEAR_CANDIDATES, MAX_BLOCK_N, Tile, tile_for_bsr_linear
+from sgtriton_kernels.tiles import BSR_LINEAR_CANDIDATES, BsrTile, tile_for_bsr_linear
 from test_bsr import patterns
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
-TILE = Tile(BLOCK_M=16, BLOCK_K=16, num_stages=2, num_warps=1)  # small: quick to compile natively
+# small: quick to compile natively
+TILE = BsrTile(BLOCK_N=16, BLOCK_M=16, BLOCK_K=16, num_stages=2, num_warps=1)
 BLOCK = (16, 16)
 # M, N, K: ragged everywhere, one tile, many tiles, one row, no row
 SHAPES = [(5, 40, 70), (16, 16, 16), (37, 64, 96), (1, 48, 48), (0, 32, 32)]
@@ -220,7 +221,7 @@ def test_inner_sizes_that_no_tile_divides_are_repeatable(n, k, block, device):
     for impl in ("torch", "triton"):
         if impl == "triton" and (why_not_triton(device) or k < 16):
             continue
-        outs = [bsr_linear(x, w, impl=impl, tile=Tile(16, 32, 2, 1)) for _ in range(10)]
+        outs = [bsr_linear(x, w, impl=impl, tile=BsrTile(16, 16, 32, 2, 1)) for _ in range(10)]
         assert_exact(impl, outs[0], bsr_linear_ref(x, w))
         assert all(torch.equal(out, outs[0]) for out in outs)
 
@@ -238,7 +239,7 @@ def test_pipeline_depth_does_not_change_values(stages, device):
         pytest.skip(reason)
     w = BlockSparse.from_dense(integers(64, 64, device=device), BLOCK)
     x = integers(17, 64, device=device)
-    out = bsr_linear(x, w, impl="triton", tile=Tile(16, 16, stages, 1))
+    out = bsr_linear(x, w, impl="triton", tile=BsrTile(16, 16, 16, stages, 1))
     assert_exact("out", out, bsr_linear_ref(x, w))
 
 
@@ -273,7 +274,7 @@ def test_offsets_beyond_32_bits(which, device):
         values = huge
         crow, col = torch.tensor([first, first + 1]).int(), torch.zeros(first + 2).int()
     row_order = torch.zeros(1, dtype=torch.int32)
-    out = bsr_product.bsr_linear_fwd(x, values, crow, col, row_order, None, 16, "none", TILE)
+    out = bsr_product.bsr_linear_fwd(x, values, crow, col, row_order, None, None, 16, "none", TILE)
     assert_exact("out", out, expected)
 
 
@@ -284,14 +285,14 @@ def test_fp32_precision_follows_the_switch_of_pytorch(device, monkeypatch):
         def __getitem__(self, grid):
             return lambda *args, **kwargs: launches.append(kwargs["PRECISION"])
 
-    monkeypatch.setattr(bsr_product, "_bsr_linear_fwd_kernel", Recorder())
+    monkeypatch.setattr(bsr_product, "_bsr_product_kernel", Recorder())
     w, x = sparse(16, 16), torch.ones(2, 16)
     row_order = torch.zeros(1, dtype=torch.int32)
     try:
         for allow in (False, True):
             torch.backends.cuda.matmul.allow_tf32 = allow
             bsr_product.bsr_linear_fwd(
-                x, w.values, w.crow, w.col, row_order, None, 16, "none", TILE
+                x, w.values, w.crow, w.col, row_order, None, None, 16, "none", TILE
             )
     finally:
         torch.backends.cuda.matmul.allow_tf32 = False
@@ -366,7 +367,7 @@ def test_backward_says_that_it_is_missing(device):
 
 def op_arguments(x, w, bias, impl):
     return (x, w.values, w.crow, w.col, w.ccol, w.row, w.perm, w.row_order, bias, w.shape[0],
-            "relu", impl, [16, 16, 2, 1])  # fmt: skip
+            "relu", impl, TILE.pack())  # fmt: skip
 
 
 def test_op_is_sound(impl, device):
@@ -461,7 +462,7 @@ def test_tiles_are_legal():
         for bn in (16, 32, 64, 128, 256):
             for bk in (16, 32, 64, 128, 256):
                 for m in (0, 1, 16, 17, 63, 128, 1 << 20):
-                    tile = tile_for_bsr_linear(m, (bn, bk), dtype)
+                    tile = tile_for_bsr_linear("fwd", m, 512, 512, (bn, bk), 64, dtype)
                     assert tile.BLOCK_M in (16, 32, 64, 128)
                     assert min(m, 32) <= tile.BLOCK_M
                     assert 16 <= tile.BLOCK_K <= bk
@@ -469,26 +470,27 @@ def test_tiles_are_legal():
                     assert stage_bytes(tile, bn, dtype) * tile.num_stages <= 96 * 1024
 
 
-def stage_bytes(tile: Tile, bn: int, dtype: torch.dtype) -> int:
-    return (tile.BLOCK_M + min(bn, MAX_BLOCK_N)) * tile.BLOCK_K * dtype.itemsize
+def stage_bytes(tile: BsrTile, bn: int, dtype: torch.dtype) -> int:
+    return (tile.BLOCK_M + min(bn, tile.BLOCK_N)) * tile.BLOCK_K * dtype.itemsize
 
 
 def compiled(card, m, block, dtype, aligned=True):
     """The kernel for ``card`` with the tile that ships."""
-    tile = tile_for_bsr_linear(m, block, dtype)
+    tile = tile_for_bsr_linear("fwd", m, 4096, 4096, block, 4096, dtype)
     element = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}[dtype]
     signature = (
-        dict.fromkeys(("x_ptr", "values_ptr", "bias_ptr", "out_ptr"), element)
+        dict.fromkeys(("x_ptr", "values_ptr", "bias_ptr", "residual_ptr", "out_ptr"), element)
         | dict.fromkeys(("crow_ptr", "col_ptr", "row_order_ptr"), "*i32")
         | dict.fromkeys(("M", "N", "K"), "i32")
-        | dict.fromkeys(("stride_xm", "stride_xk", "stride_om", "stride_on"), "i32")
+        | dict.fromkeys(("stride_xm", "stride_xk"), "i32")
     )
     constexprs = {
-        "HAS_BIAS": True, "ACTIVATION": "gelu", "ALIGNED_K": aligned, "ALIGNED_N": aligned,
+        "HAS_BIAS": True, "HAS_RESIDUAL": True, "ACTIVATION": "gelu",
+        "ALIGNED_X": aligned, "ALIGNED_OUT": aligned,
         "SOFT_BF16": False, "PRECISION": "ieee", "BN": block[0], "BK": block[1],
-        "BLOCK_M": tile.BLOCK_M, "BLOCK_N": min(block[0], MAX_BLOCK_N), "BLOCK_K": tile.BLOCK_K,
+        "BLOCK_M": tile.BLOCK_M, "BLOCK_N": min(block[0], tile.BLOCK_N), "BLOCK_K": tile.BLOCK_K,
     }  # fmt: skip
-    kernel = bsr_product._bsr_linear_fwd_kernel
+    kernel = bsr_product._bsr_product_kernel
     return tile, compile_for(card, kernel, signature, constexprs, tile.num_warps, tile.num_stages)
 
 

@@ -17,10 +17,11 @@ from torch.utils.flop_counter import register_flop_formula
 from ._autocast import cast_like_autocast
 from ._impl import resolve_impl
 from ._ops import add_op_namespace_prefix, ops
+from ._triton import is_native
 from .bsr import BlockSparse
-from .bsr_product import bsr_linear_fwd
+from .bsr_product import bsr_linear_fwd, is_aligned
 from .bsr_torch import ACTIVATIONS, bsr_linear_torch
-from .tiles import Tile, tile_for_bsr_linear
+from .tiles import BsrTile, tile_for_bsr_linear
 
 _TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _DTYPES = (*_TRITON_DTYPES, torch.float64)
@@ -33,7 +34,7 @@ def bsr_linear(
     activation: str | None = None,
     *,
     impl: str | None = None,
-    tile: Tile | None = None,
+    tile: BsrTile | None = None,
 ) -> torch.Tensor:
     """Linear layer with a block-sparse weight: ``act(x @ W^T + bias)``.
 
@@ -79,7 +80,7 @@ def bsr_linear(
     impl = resolve_impl(impl, device, "bsr_linear", _why_unsupported(x.dtype, w.block))
     return _bsr_linear_op(
         x, values, w.crow, w.col, w.ccol, w.row, w.perm, w.row_order, bias, n, activation, impl,
-        None if tile is None else [tile.BLOCK_M, tile.BLOCK_K, tile.num_stages, tile.num_warps],
+        None if tile is None else tile.pack(),
     )  # fmt: skip
 
 
@@ -136,8 +137,14 @@ def _bsr_linear_op(
     values = values.contiguous()
     if impl == "triton":
         block = (values.shape[1], values.shape[2])
-        chosen = Tile(*tile) if tile else tile_for_bsr_linear(len(x2), block, x.dtype)
-        out = bsr_linear_fwd(x2, values, crow, col, row_order, bias, n, activation, chosen)
+        if tile:
+            chosen = BsrTile.unpack(tile)
+        else:
+            chosen = tile_for_bsr_linear(
+                "fwd", len(x2), n, x2.shape[1], block, len(values), x2.dtype,
+                is_aligned(x2), is_native(x2.device),
+            )  # fmt: skip
+        out = bsr_linear_fwd(x2, values, crow, col, row_order, bias, None, n, activation, chosen)
     else:
         autocast = torch.is_autocast_enabled(x.device.type)
         # the entry has cast already; in here autocast would round the sums

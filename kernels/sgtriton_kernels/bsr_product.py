@@ -1,8 +1,9 @@
 """Products with a block-sparse weight: launchers and their kernels.
 
-    out = act(x @ W^T + bias)        W: stored blocks only
+    y = act(x W^T + bias + residual)        dx = dy W        D = dy^T x at the stored blocks
 
-Sums run in fp32, bias and activation are applied to them, and the result is rounded once.
+Sums run in fp32, what is added and the activation are applied to them, and the result is rounded
+once. Beyond a ragged edge a stored block may hold anything: it never reaches a result.
 """
 
 from __future__ import annotations
@@ -11,7 +12,75 @@ import torch
 
 from ._bf16 import round_to_bf16, soft_bf16
 from ._triton import device_of, dot_precision, launch_options, tl, triton
-from .tiles import MAX_BLOCK_N, Tile
+from .tiles import BsrTile
+
+
+def bsr_linear_fwd(
+    x2: torch.Tensor,
+    values: torch.Tensor,
+    crow: torch.Tensor,
+    col: torch.Tensor,
+    row_order: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual2: torch.Tensor | None,
+    n: int,
+    activation: str,
+    tile: BsrTile,
+) -> torch.Tensor:
+    """Compute ``y = act(x W^T + bias + residual)``.
+
+    Args:
+        x2: ``[M, K]`` fp32 | fp16 | bf16, any strides.
+        values: ``[nnz, bn, bk]``, dtype of ``x2``, contiguous; sides are powers of two >= 16.
+        crow, col: ``[block_rows + 1]``, ``[nnz + 1]`` int32, of :class:`.BlockSparse`.
+        row_order: ``[block_rows]`` int32. Block rows, in the order in which they start.
+        bias: ``[N]``, dtype of ``x2``, or ``None``.
+        residual2: ``[M, N]``, dtype of ``x2``, any strides, or ``None``. Added before the
+            activation.
+        n: ``N``.
+        activation: ``"none"`` | ``"relu"`` | ``"gelu"`` | ``"gelu_tanh"`` | ``"silu"``.
+        tile: what one program computes.
+
+    Returns:
+        ``[M, N]``, dtype of ``x2``, contiguous.
+    """
+    (m, k), (_, bn, bk) = x2.shape, values.shape
+    out = x2.new_empty(m, n)
+    if m == 0:
+        return out
+    block_n, block_k = min(tile.BLOCK_N, bn), min(tile.BLOCK_K, bk)
+    grid = (triton.cdiv(m, tile.BLOCK_M) * len(row_order) * (bn // block_n),)
+    with device_of(x2):
+        _bsr_product_kernel[grid](
+            x2,
+            values,
+            crow, col, row_order,
+            None if bias is None else bias.contiguous(),
+            None if residual2 is None else residual2.contiguous(),
+            out,
+            m, n, k,
+            *_strides(x2),
+            HAS_BIAS=bias is not None, HAS_RESIDUAL=residual2 is not None,
+            ACTIVATION=activation,
+            ALIGNED_X=is_aligned(x2), ALIGNED_OUT=n % 16 == 0,
+            SOFT_BF16=soft_bf16(x2.dtype, x2.device),
+            PRECISION=dot_precision(),
+            BN=bn, BK=bk,
+            BLOCK_M=tile.BLOCK_M, BLOCK_N=block_n, BLOCK_K=block_k,
+            **launch_options(x2.device, tile.num_stages, tile.num_warps),
+        )  # fmt: skip
+    return out
+
+
+def _strides(t: torch.Tensor) -> tuple[int, int]:
+    """Of a matrix; the one between rows is free where there is one row only."""
+    return (t.stride(0) if len(t) > 1 else t.shape[1]), t.stride(1)
+
+
+def is_aligned(t: torch.Tensor) -> bool:
+    """Whether the rows of a matrix can be read in wide pieces."""
+    between, inside = _strides(t)
+    return inside == 1 and between % 16 == 0 and t.shape[1] % 16 == 0
 
 
 @triton.jit
@@ -20,20 +89,42 @@ def _sigmoid(y):
     return tl.where(y >= 0, 1.0, e) / (1 + e)
 
 
-@triton.jit(do_not_specialize=["M", "N", "K", "stride_xm", "stride_xk", "stride_om", "stride_on"])
-def _bsr_linear_fwd_kernel(
+@triton.jit
+def _activate(y, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "relu":
+        y = tl.where(y < 0, 0.0, y)  # NaN stays
+    elif ACTIVATION == "gelu":
+        y = 0.5 * y * (1 + tl.erf(y * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":
+        # 0.5 * (1 + tanh(u)) = sigmoid(2 u), u = sqrt(2 / pi) * (y + 0.044715 y^3)
+        y = y * _sigmoid(1.5957691216057308 * (y + 0.044715 * y * y * y))
+    elif ACTIVATION == "silu":
+        y = y * _sigmoid(y)
+    return y
+
+
+@triton.jit
+def _rounded(y, DTYPE: tl.constexpr, SOFT_BF16: tl.constexpr):
+    if SOFT_BF16:
+        return round_to_bf16(y)
+    else:
+        return y.to(DTYPE)
+
+
+@triton.jit(do_not_specialize=["M", "N", "K", "stride_xm", "stride_xk"])
+def _bsr_product_kernel(
     x_ptr,  # [M, K]
     values_ptr,  # [nnz, BN, BK], contiguous
     crow_ptr, col_ptr, row_order_ptr,  # [block_rows + 1], [nnz + 1], [block_rows]
     bias_ptr,  # [N] where HAS_BIAS
-    out_ptr,  # [M, N] out
+    residual_ptr,  # [M, N] where HAS_RESIDUAL, contiguous
+    out_ptr,  # [M, N] out, contiguous
     M, N, K,
     stride_xm, stride_xk,
-    stride_om, stride_on,
-    HAS_BIAS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    ALIGNED_K: tl.constexpr,  # stride_xk is 1; stride_xm and K are multiples of 16
-    ALIGNED_N: tl.constexpr,  # stride_on is 1; stride_om and N are multiples of 16
+    ALIGNED_X: tl.constexpr,  # stride_xk is 1; stride_xm and K are multiples of 16
+    ALIGNED_OUT: tl.constexpr,  # N is a multiple of 16
     SOFT_BF16: tl.constexpr,  # bf16 by hand, where the compiler does not do it right
     PRECISION: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr,  # sides of a block
@@ -41,14 +132,12 @@ def _bsr_linear_fwd_kernel(
 ):  # fmt: skip
     # Sizes and strides are not specialised, so a new batch size compiles nothing. What the
     # compiler must know for wide loads comes back as a flag: x // 16 * 16 shows it the multiple.
-    if ALIGNED_K:
+    if ALIGNED_X:
         K = K // 16 * 16
         stride_xm = stride_xm // 16 * 16
         stride_xk = 1
-    if ALIGNED_N:
+    if ALIGNED_OUT:
         N = N // 16 * 16
-        stride_om = stride_om // 16 * 16
-        stride_on = 1
     PARTS: tl.constexpr = BN // BLOCK_N
     STEPS: tl.constexpr = BK // BLOCK_K
 
@@ -92,66 +181,13 @@ def _bsr_linear_fwd_kernel(
 
     offs_n = row * BN + offs_bn
     mask_n = offs_n < N
+    mask = mask_m[:, None] & mask_n[None, :]
+    offs = offs_m[:, None] * N + offs_n[None, :]
     if HAS_BIAS:
         bias = tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0)
         acc += bias.to(tl.float32)[None, :]
-    if ACTIVATION == "relu":
-        acc = tl.where(acc < 0, 0.0, acc)  # NaN stays
-    elif ACTIVATION == "gelu":
-        acc = 0.5 * acc * (1 + tl.erf(acc * 0.7071067811865476))
-    elif ACTIVATION == "gelu_tanh":
-        # 0.5 * (1 + tanh(u)) = sigmoid(2 u), u = sqrt(2 / pi) * (y + 0.044715 y^3)
-        acc = acc * _sigmoid(1.5957691216057308 * (acc + 0.044715 * acc * acc * acc))
-    elif ACTIVATION == "silu":
-        acc = acc * _sigmoid(acc)
-    if SOFT_BF16:
-        out = round_to_bf16(acc)
-    else:
-        out = acc.to(out_ptr.dtype.element_ty)
-    tl.store(
-        out_ptr + offs_m[:, None] * stride_om + offs_n[None, :] * stride_on,
-        out,
-        mask=mask_m[:, None] & mask_n[None, :],
-    )
-
-
-def bsr_linear_fwd(
-    x2: torch.Tensor,
-    values: torch.Tensor,
-    crow: torch.Tensor,
-    col: torch.Tensor,
-    row_order: torch.Tensor,
-    bias: torch.Tensor | None,
-    n: int,
-    activation: str,
-    tile: Tile,
-) -> torch.Tensor:
-    """Launch the Triton kernel on ``x2 [M, K]``."""
-    (m, k), (_, bn, bk) = x2.shape, values.shape
-    out = x2.new_empty(m, n)
-    if m == 0:
-        return out
-    stride_xm, stride_xk = x2.stride() if m > 1 else (k, x2.stride(1))
-    block_n = min(bn, MAX_BLOCK_N)
-    grid = (triton.cdiv(m, tile.BLOCK_M) * len(row_order) * (bn // block_n),)
-    with device_of(x2):
-        _bsr_linear_fwd_kernel[grid](
-            x2,
-            values,
-            crow, col, row_order,
-            None if bias is None else bias.contiguous(),
-            out,
-            m, n, k,
-            stride_xm, stride_xk,
-            *out.stride(),
-            HAS_BIAS=bias is not None,
-            ACTIVATION=activation,
-            ALIGNED_K=stride_xk == 1 and stride_xm % 16 == 0 and k % 16 == 0,
-            ALIGNED_N=n % 16 == 0,
-            SOFT_BF16=soft_bf16(x2.dtype, x2.device),
-            PRECISION=dot_precision(),
-            BN=bn, BK=bk,
-            BLOCK_M=tile.BLOCK_M, BLOCK_N=block_n, BLOCK_K=min(tile.BLOCK_K, bk),
-            **launch_options(x2.device, tile.num_stages, tile.num_warps),
-        )  # fmt: skip
-    return out
+    if HAS_RESIDUAL:
+        residual = tl.load(residual_ptr + offs, mask=mask, other=0.0)
+        acc += residual.to(tl.float32)
+    out = _rounded(_activate(acc, ACTIVATION), out_ptr.dtype.element_ty, SOFT_BF16)
+    tl.store(out_ptr + offs, out, mask=mask)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-
-MAX_BLOCK_N = 128  # output columns per program; a taller block is cut into parts
 
 # the smallest per-program limit among the cards (sm_86, sm_89, sm_120), less room for the index
 _SHARED_BYTES = 96 * 1024
@@ -14,21 +13,49 @@ _SHARED_BYTES = 96 * 1024
 _LDS_BYTES = 64 * 1024
 
 
+BSR_FORMS = ("x_left", "weight_left", "vector", "pairs")
+
+
 @dataclass(frozen=True)
-class Tile:
-    """What one program computes, and how; block sides come from the container.
+class BsrTile:
+    """What one program of a product with a block-sparse weight computes, and how.
+
+    Sides are named for the dimension that they cut: forward adds up over ``K``, the gradient of
+    ``x`` over ``N``, that of the values over ``M``. Powers of two >= 16; those along ``N`` and
+    ``K`` are cut to the block's.
 
     Args:
-        BLOCK_M: rows of ``x`` per program, a power of two >= 16.
-        BLOCK_K: depth of one step inside a block, a power of two >= 16; cut to the block's.
+        BLOCK_N: outputs (rows of the weight).
+        BLOCK_M: rows of ``x``; from 1 in the form ``"vector"``.
+        BLOCK_K: inputs (columns of the weight).
         num_stages: depth of the software pipeline.
         num_warps: warps per program.
+        form: ``"x_left"``: x is the left operand; ``"weight_left"``: the weight is,
+            ``y^T = W x^T``; ``"vector"``: no matrix instructions; ``"pairs"``: two block rows
+            share what they read of ``x``.
+        split: programs that share a block row's blocks; their sums are added in a fixed order.
+        bulk: whether the copy engine brings tiles in, on cards that have one.
     """
 
+    BLOCK_N: int
     BLOCK_M: int
     BLOCK_K: int
     num_stages: int
     num_warps: int
+    form: str = "x_left"
+    split: int = 1
+    bulk: bool = False
+
+    def pack(self) -> list[int]:
+        """As numbers, which is what an op of PyTorch takes."""
+        fields = vars(self) | {"form": BSR_FORMS.index(self.form)}
+        return [int(value) for value in fields.values()]
+
+    @classmethod
+    def unpack(cls, numbers: Sequence[int]) -> BsrTile:
+        """The tile that :meth:`pack` made ``numbers`` of."""
+        n, m, k, stages, warps, form, split, bulk = numbers
+        return cls(n, m, k, stages, warps, BSR_FORMS[form], split, bool(bulk))
 
 
 @dataclass(frozen=True)
@@ -36,21 +63,30 @@ class Candidate:
     """A named way to compute an op; records hold the name, never the numbers."""
 
     name: str
-    variant: str
-    tile: Tile
+    tile: BsrTile
 
 
 BSR_LINEAR_CANDIDATES = tuple(
-    Candidate(f"carried_m{m}_k{k}_s{stages}_w{warps}", "carried", Tile(m, k, stages, warps))
-    for m, k, stages, warps in (
-        (16, 32, 4, 2), (16, 64, 4, 4), (32, 32, 4, 4), (32, 64, 3, 4), (64, 32, 4, 4),
-        (64, 64, 3, 4), (128, 32, 3, 4), (128, 64, 3, 8),
+    Candidate(f"x_left_n{n}_m{m}_k{k}_s{stages}_w{warps}", BsrTile(n, m, k, stages, warps))
+    for n, m, k, stages, warps in (
+        (128, 16, 32, 4, 2), (128, 16, 64, 4, 4), (128, 32, 32, 4, 4), (128, 32, 64, 3, 4),
+        (128, 64, 32, 4, 4), (128, 64, 64, 3, 4), (128, 128, 32, 3, 4), (128, 128, 64, 3, 8),
     )
 )  # fmt: skip
 
 
-def tile_for_bsr_linear(M: int, block: tuple[int, int], dtype: torch.dtype) -> Tile:
-    """A tile for ``bsr_linear`` that every card can run; reasoned, not measured.
+def tile_for_bsr_linear(
+    which: str,
+    M: int,
+    N: int,
+    K: int,
+    block: tuple[int, int],
+    nnz: int,
+    dtype: torch.dtype,
+    aligned: bool = True,
+    native: bool = False,
+) -> BsrTile:
+    """A tile for a pass of ``bsr_linear`` that every card can run; reasoned, not measured.
 
     What bounds the numbers is the compiler's word that no card spills registers (gfx1100 is the
     first to do so) and shared memory.
@@ -66,12 +102,16 @@ def tile_for_bsr_linear(M: int, block: tuple[int, int], dtype: torch.dtype) -> T
       memory stay under 96 KB, and one stage less under AMD's 64 KB.
 
     Args:
-        M: rows of ``x``.
+        which: ``"fwd"`` | ``"dx"`` | ``"dvalues"``.
+        M, N, K: rows of ``x``, outputs, inputs.
         block: ``(bn, bk)``, powers of two >= 16.
+        nnz: number of stored blocks.
         dtype: fp32 | fp16 | bf16, of ``x``.
+        aligned: whether rows of all operands can be read in wide pieces.
+        native: for Triton's CPU compiler, which unrolls a tile.
     """
     wide = dtype.itemsize > 2
-    bn, bk = min(block[0], MAX_BLOCK_N), block[1]
+    bn, bk = min(block[0], 128), block[1]
     block_m = max(16, 1 << max(M - 1, 0).bit_length())
     block_m = min(block_m, 64, 64 * 64 // bn) if wide else min(block_m, 128)
     area = block_m * bn
@@ -82,7 +122,7 @@ def tile_for_bsr_linear(M: int, block: tuple[int, int], dtype: torch.dtype) -> T
         warps = 8
     else:
         warps = 4 if area > 16 * 32 else 2
-    return Tile(block_m, block_k, stages, warps)
+    return BsrTile(bn, block_m, block_k, stages, warps)
 
 
 @dataclass(frozen=True)
