@@ -81,10 +81,26 @@ class SparseModule(nn.Module):
             return StoredWeight(self.layout, bits=self._buffers["bits"], kept=self.values)
         return StoredWeight(self.layout, self.matrix)
 
-    def to_dense(self) -> torch.Tensor:
+    def full_weight(self) -> torch.Tensor:
         """The dense weight, zeros where it is closed: ``weight_shape``, dtype of ``values``."""
         dense = self.dense_weight
         return self.stored.to_dense() if dense is None else dense
+
+    @torch.no_grad()
+    def to_dense(self) -> nn.Module:
+        """A plain ``Linear``, ``Conv1d`` or ``Conv2d`` with the closed weights filled in as 0.
+
+        Weight and bias are copies, on the device and in the dtypes of this layer. Hooks stay here.
+        """
+        layer, bias = self._empty_dense(), self.bias
+        layer.weight = nn.Parameter(self.full_weight().detach().clone())
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.detach().clone(), bias.requires_grad)
+        return layer.train(self.training)
+
+    def _empty_dense(self) -> nn.Module:
+        """The dense layer of this one's sizes, on the meta device: nothing is drawn for it."""
+        raise NotImplementedError
 
     def store(self, stored: StoredWeight) -> None:
         """Hold ``stored``, in place of what was held before."""
@@ -222,14 +238,31 @@ class BlockSparseLinear(SparseModule, nn.Linear):
         if form == "dense":
             weight = self.dense_weight
             if weight is None:
-                weight = self.to_dense()
+                weight = self.full_weight()
             return nn.functional.linear(input, weight, self.bias)
         return bsr_linear(input, self.matrix, self.bias)
+
+    def _empty_dense(self) -> nn.Module:
+        return nn.Linear(self.in_features, self.out_features, self.bias is not None, "meta")
 
 
 class _SparseConv(SparseModule):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return self._conv_forward(input, self.to_dense(), self.bias)  # pyright: ignore
+        return self._conv_forward(input, self.full_weight(), self.bias)  # pyright: ignore
+
+    def _empty_dense(self) -> nn.Module:
+        return self.dense_type(
+            self.in_channels,
+            self.out_channels,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
+            self.bias is not None,
+            self.padding_mode,
+            "meta",
+        )
 
 
 class BlockSparseConv1d(_SparseConv, nn.Conv1d):
@@ -293,7 +326,7 @@ def densify_layer(layer: nn.Module) -> None:
     if isinstance(layer, GatedModule):
         ungate_layer(layer, fold=True)
     elif isinstance(layer, SparseModule):
-        weight = layer.to_dense()
+        weight = layer.full_weight()
         _remove_buffers(layer)
         for name in _ATTRIBUTES:
             delattr(layer, name)

@@ -241,7 +241,7 @@ def test_state_with_another_pattern_loads_bitwise(block, form):
     target.load_state_dict(torch.load(buffer, weights_only=True))
     x = torch.randn(4, 13)
     assert_exact("out", target(x), source(x))
-    assert_exact("weight", target[0].to_dense(), source[0].to_dense())
+    assert_exact("weight", target[0].full_weight(), source[0].full_weight())
     assert_exact("gates", target[0].stored.open_gates, source[0].stored.open_gates)
 
 
@@ -250,7 +250,7 @@ def test_loaded_state_shares_no_memory_with_its_source(block):
     source, target = (served(nn.Linear(12, 8), block) for _ in range(2))
     state = source.state_dict()
     target.load_state_dict(state)
-    kept = target[0].to_dense().clone()
+    kept = target[0].full_weight().clone()
     for t in state.values():
         t.zero_()
     assert_exact("weight", target[0].stored.to_dense(), kept)
@@ -261,16 +261,16 @@ def test_loading_keeps_the_layers_dtype():
     target = served(nn.Linear(12, 8).to(torch.bfloat16), (4, 4), form="dense")
     target.load_state_dict(source.state_dict())
     assert target[0].values.dtype == target[0].dense_weight.dtype == torch.bfloat16
-    assert_exact("weight", target[0].to_dense(), source[0].to_dense().to(torch.bfloat16))
+    assert_exact("weight", target[0].full_weight(), source[0].full_weight().to(torch.bfloat16))
 
 
 def test_index_of_int64_loads():
     model = served(nn.Linear(12, 8), (4, 4))
     state = {k: t.long() if t.dtype == torch.int32 else t for k, t in model.state_dict().items()}
-    weight = model[0].to_dense().clone()
+    weight = model[0].full_weight().clone()
     model.load_state_dict(state)
     assert model[0].col.dtype == torch.int32
-    assert_exact("weight", model[0].to_dense(), weight)
+    assert_exact("weight", model[0].full_weight(), weight)
 
 
 def two_layers(block=(32, 32)):
@@ -437,7 +437,7 @@ def test_read_ahead_entry_of_a_pickle_is_rebuilt():
 def test_casts_leave_the_index_alone(block, dtype):
     for form in ("sparse", "dense"):
         model = served(nn.Linear(13, 9), block, form=form)
-        weight, x = model[0].to_dense().clone(), torch.randn(4, 13)
+        weight, x = model[0].full_weight().clone(), torch.randn(4, 13)
         reference = nn.functional.linear(x.to(dtype), weight.to(dtype), model[0].bias.to(dtype))
         model.to(dtype)
         assert model[0].values.dtype == dtype
@@ -481,7 +481,7 @@ def test_dense_copy_follows_a_load(write):
     target.load_state_dict(state)
     x = torch.randn(3, 12)
     factor = 2 if write == "values" else 1
-    expected = nn.functional.linear(x, source[0].to_dense() * factor, source[0].bias)
+    expected = nn.functional.linear(x, source[0].full_weight() * factor, source[0].bias)
     assert_exact("out", target(x), expected)
 
 
@@ -633,3 +633,41 @@ def test_layers_made_by_hand_are_refused():
     ):
         with pytest.raises(ValueError, match=r"BlockSparse\w+ is not made by hand.*sparsify"):
             make()
+
+
+@pytest.mark.parametrize(
+    ("make", "block", "shape"),
+    [*CONV, (lambda: nn.Linear(13, 9), (4, 4), (3, 13)),
+     (lambda: nn.Linear(13, 9, bias=False), (1, 1), (3, 13))],
+)  # fmt: skip
+@torch.no_grad()
+def test_dense_layer_comes_back_as_a_copy(make, block, shape):
+    """A new plain layer: sizes, options, dtype, mode; nothing is drawn for it."""
+    model = gated(make().to(torch.float64), block)
+    kind, x = model[0].dense_type, torch.randn(shape).double()
+    out = model(x)
+    sparse = sgtriton.sparsify(model, form="dense")[0]
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    dense = sparse.to_dense()
+    assert_exact("next draw", torch.rand(3), expected)
+    assert type(dense) is kind
+    assert repr(dense) == repr(make())
+    assert vars(dense).keys() == vars(make()).keys()
+    assert not dense.training
+    assert_exact("out", dense(x), out)
+    for p in dense.parameters():
+        assert p.requires_grad
+        p.fill_(7)
+    assert_exact("original", sparse(x), out)
+    assert sparse.train().to_dense().training
+
+
+def test_dense_layer_keeps_a_bias_of_another_dtype_that_does_not_train():
+    sparse = served(nn.Linear(12, 8), (4, 4))[0].to(torch.bfloat16)
+    sparse.bias = nn.Parameter(torch.ones(8), requires_grad=False)
+    dense = sparse.to_dense()
+    assert dense.weight.dtype == torch.bfloat16
+    assert dense.bias.dtype == torch.float32
+    assert not dense.bias.requires_grad
