@@ -1,4 +1,8 @@
-"""Interleaved timing: candidates take turns, so that a busy machine slows each of them alike."""
+"""Interleaved timing: candidates take turns, so that a busy machine slows each of them alike.
+
+Before each sample a candidate is called once unmeasured: otherwise it would pay for what the one
+before it left in the caches, and short calls more than long ones.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,9 @@ import time
 from collections.abc import Callable, Sequence
 
 import torch
+
+
+_SAMPLE = 1e-3  # seconds that a sample lasts, or one call
 
 
 def interleaved_ms(
@@ -40,11 +47,12 @@ def samples_ms(
     for call in candidates:
         call()  # first calls compile and allocate
         once = _sample(call, 1, device)
-        repeats.append(max(1, int(2e-4 / max(once, 1e-7))))  # a sample lasts 0.2 ms or a call
+        repeats.append(max(1, int(_SAMPLE / max(once, 1e-7))))
     samples: list[list[float]] = [[] for _ in candidates]
     end = time.perf_counter() + seconds
     while len(samples[0]) < rounds or time.perf_counter() < end:
         for call, repeat, taken in zip(candidates, repeats, samples, strict=True):
+            call()
             taken.append(1e3 * _sample(call, repeat, device) / repeat)
     return samples
 

@@ -35,13 +35,14 @@ def clock(monkeypatch):
 def test_candidates_take_turns(clock):
     a, b, c = (clock.call(name, 0.001) for name in "abc")
     timing.interleaved_ms([a, b, c], CPU, seconds=0.0, rounds=4)
-    assert "".join(clock.calls) == "aa" + "bb" + "cc" + "abc" * 4  # first call, its cost, rounds
+    # first call, its cost; in each round a call unmeasured and one measured
+    assert "".join(clock.calls) == "aa" + "bb" + "cc" + "aabbcc" * 4
 
 
 def test_times_are_medians_in_milliseconds(clock):
-    # first call and cost, then five samples with one hiccup
-    slow = clock.call("slow", 9, 0.002, 0.002, 0.002, 0.9, 0.002, 0.002)
-    fast = clock.call("fast", 9, 0.001, 0.001, 0.001, 0.001, 0.9, 0.001)
+    # first call and cost, then five samples with one hiccup, each after a call that is not measured
+    slow = clock.call("slow", 9, 2, *(7, 0.002) * 2, *(7, 0.9), *(7, 0.002) * 2)
+    fast = clock.call("fast", 9, 1, *(7, 0.001) * 3, *(7, 0.9), *(7, 0.001))
     times = timing.interleaved_ms([slow, fast], CPU, seconds=0.0, rounds=5)
     assert times == pytest.approx([2.0, 1.0])
 
@@ -56,21 +57,36 @@ def test_first_call_is_not_measured(clock):
 def test_slow_candidates_get_the_fewest_rounds(clock, rounds):
     calls = [clock.call("a", 1.0), clock.call("b", 1.0)]
     timing.interleaved_ms(calls, CPU, seconds=0.1, rounds=rounds)
-    assert clock.calls.count("a") == clock.calls.count("b") == 2 + rounds
+    assert clock.calls.count("a") == clock.calls.count("b") == 2 + 2 * rounds
 
 
 def test_measuring_goes_on_until_the_time_is_up(clock):
     calls = [clock.call("a", 0.01), clock.call("b", 0.01)]
     timing.interleaved_ms(calls, CPU, seconds=0.995, rounds=2)
-    assert clock.calls.count("a") == 2 + 50  # rounds of 0.02 s
+    assert clock.calls.count("a") == 2 + 2 * 25  # rounds of 0.04 s
 
 
 def test_short_calls_are_repeated_within_a_sample(clock):
-    """A sample lasts at least 0.2 ms, and its time is that of one call."""
-    short, long = clock.call("s", 1e-5), clock.call("l", 1e-3)
+    """A sample lasts at least a millisecond, and its time is that of one call."""
+    short, long = clock.call("s", 5e-5), clock.call("l", 5e-3)
     times = timing.interleaved_ms([short, long], CPU, seconds=0.0, rounds=3)
-    assert times == pytest.approx([0.01, 1.0])
-    assert "".join(clock.calls[4:]) in {("s" * n + "l") * 3 for n in (19, 20, 21)}
+    assert times == pytest.approx([0.05, 5.0])
+    assert "".join(clock.calls[4:]) in {("s" * (n + 1) + "ll") * 3 for n in (19, 20, 21)}
+
+
+def test_what_another_candidate_leaves_behind_is_not_measured(clock):
+    """The first call after another candidate finds cold caches."""
+    first = {"a": True}
+
+    def a():
+        clock.now += 0.009 if first["a"] else 0.003
+        first["a"] = False
+
+    def b():
+        clock.now += 0.002
+        first["a"] = True
+
+    assert timing.interleaved_ms([a, b], CPU, seconds=0.0, rounds=3) == pytest.approx([3.0, 2.0])
 
 
 def test_each_sample_waits_for_the_device(clock, monkeypatch):
