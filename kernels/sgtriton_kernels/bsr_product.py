@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from ._bf16 import round_to_bf16, soft_bf16
-from ._triton import device_of, dot_precision, launch_options, tl, triton
+from ._triton import device_of, dot_precision, is_native, launch_options, tl, triton
 from .tiles import BsrTile
 
 
@@ -44,30 +44,160 @@ def bsr_linear_fwd(
     Returns:
         ``[M, N]``, dtype of ``x2``, contiguous.
     """
-    (m, k), (_, bn, bk) = x2.shape, values.shape
-    out = x2.new_empty(m, n)
-    if m == 0:
+    return _product(
+        x2, values, crow, col, None, row_order, bias, residual2, n, activation, tile
+    )  # fmt: skip
+
+
+def bsr_linear_dx(
+    dy2: torch.Tensor,
+    values: torch.Tensor,
+    ccol: torch.Tensor,
+    row: torch.Tensor,
+    perm: torch.Tensor,
+    k: int,
+    tile: BsrTile,
+) -> torch.Tensor:
+    """Compute ``dx = dy W`` through the transposed index: the values stay where they are.
+
+    Args:
+        dy2: ``[M, N]`` fp32 | fp16 | bf16, any strides.
+        values: ``[nnz, bn, bk]``, dtype of ``dy2``, contiguous; sides are powers of two >= 16.
+        ccol, row, perm: ``[block_cols + 1]``, ``[nnz + 1]``, ``[nnz]`` int32, of
+            :class:`.BlockSparse`.
+        k: ``K``.
+        tile: what one program computes.
+
+    Returns:
+        ``[M, K]``, dtype of ``dy2``, contiguous.
+    """
+    return _product(dy2, values, ccol, row, perm, None, None, None, k, "none", tile)
+
+
+def bsr_linear_dvalues(
+    dy2: torch.Tensor,
+    x2: torch.Tensor,
+    values: torch.Tensor,
+    row: torch.Tensor,
+    col: torch.Tensor,
+    perm: torch.Tensor,
+    tile: BsrTile,
+) -> torch.Tensor:
+    """Compute ``D = dy^T x`` at the stored blocks.
+
+    Args:
+        dy2: ``[M, N]``, dtype of ``x2``, any strides.
+        x2: ``[M, K]`` fp32 | fp16 | bf16, any strides.
+        values: ``[nnz, bn, bk]``; its shape, dtype and device only. Sides are powers of two >= 16.
+        row, col, perm: ``[nnz + 1]``, ``[nnz + 1]``, ``[nnz]`` int32, of :class:`.BlockSparse`:
+            block ``perm[j]`` lies in block row ``row[j]``, block column ``col[perm[j]]``.
+        tile: what one program computes.
+
+    Returns:
+        ``[nnz, bn, bk]``, dtype of ``values``, contiguous; 0 beyond a ragged edge.
+    """
+    (m, n), k, (nnz, bn, bk) = dy2.shape, x2.shape[1], values.shape
+    out = values.new_empty(values.shape)
+    if nnz == 0:
         return out
     block_n, block_k = min(tile.BLOCK_N, bn), min(tile.BLOCK_K, bk)
-    grid = (triton.cdiv(m, tile.BLOCK_M) * len(row_order) * (bn // block_n),)
+    grid = (nnz * (bn // block_n) * (bk // block_k),)
     with device_of(x2):
-        _bsr_product_kernel[grid](
-            x2,
-            values,
-            crow, col, row_order,
-            None if bias is None else bias.contiguous(),
-            None if residual2 is None else residual2.contiguous(),
+        _bsr_dvalues_kernel[grid](
+            dy2, x2,
+            row, col, perm,
             out,
             m, n, k,
+            *_strides(dy2),
             *_strides(x2),
-            HAS_BIAS=bias is not None, HAS_RESIDUAL=residual2 is not None,
-            ACTIVATION=activation,
-            ALIGNED_X=is_aligned(x2), ALIGNED_OUT=n % 16 == 0,
+            ALIGNED_DY=is_aligned(dy2), ALIGNED_X=is_aligned(x2),
             SOFT_BF16=soft_bf16(x2.dtype, x2.device),
             PRECISION=dot_precision(),
             BN=bn, BK=bk,
             BLOCK_M=tile.BLOCK_M, BLOCK_N=block_n, BLOCK_K=block_k,
             **launch_options(x2.device, tile.num_stages, tile.num_warps),
+        )  # fmt: skip
+    return out
+
+
+def _product(
+    x2: torch.Tensor,
+    values: torch.Tensor,
+    starts: torch.Tensor,
+    index: torch.Tensor,
+    perm: torch.Tensor | None,
+    order: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    residual2: torch.Tensor | None,
+    size: int,
+    activation: str,
+    tile: BsrTile,
+) -> torch.Tensor:
+    """Launch the product: ``x2 W^T``, or with ``perm`` ``x2 W``, of ``size`` columns."""
+    (m, red), (_, bn, bk) = x2.shape, values.shape
+    out = x2.new_empty(m, size)
+    if not out.numel():
+        return out
+    added = (
+        None if bias is None else bias.contiguous(),
+        None if residual2 is None else residual2.contiguous(),
+    )
+    transposed, split = perm is not None, tile.split
+    block_n, block_k = min(tile.BLOCK_N, bn), min(tile.BLOCK_K, bk)
+    parts = bk // block_k if transposed else bn // block_n
+    sums = out
+    if split > 1:
+        sums = torch.empty(split, m, size, dtype=torch.float32, device=x2.device)
+    grid = (triton.cdiv(m, tile.BLOCK_M) * (len(starts) - 1) * parts * split,)
+    with device_of(x2):
+        _bsr_product_kernel[grid](
+            x2,
+            values,
+            starts, index, perm, order,
+            *(added if split == 1 else (None, None)),
+            sums,
+            m, size, red,
+            *_strides(x2),
+            TRANSPOSED=transposed,
+            WEIGHT_LEFT=tile.form == "weight_left",
+            SPLIT=split,
+            HAS_BIAS=bias is not None and split == 1,
+            HAS_RESIDUAL=residual2 is not None and split == 1,
+            ACTIVATION=activation if split == 1 else "none",
+            ALIGNED_X=is_aligned(x2), ALIGNED_OUT=size % 16 == 0,
+            SOFT_BF16=soft_bf16(x2.dtype, x2.device),
+            PRECISION=dot_precision(),
+            BN=bn, BK=bk,
+            BLOCK_M=tile.BLOCK_M, BLOCK_N=block_n, BLOCK_K=block_k,
+            **launch_options(x2.device, tile.num_stages, tile.num_warps),
+        )  # fmt: skip
+    return out if split == 1 else _add_up(sums, *added, activation, out)
+
+
+def _add_up(
+    sums: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual2: torch.Tensor | None,
+    activation: str,
+    out: torch.Tensor,
+) -> torch.Tensor:
+    """Fill ``out [M, N]`` from ``sums [split, M, N]``, added in their order."""
+    split, m, n = sums.shape
+    block_n = 64 if is_native(out.device) else 512  # four elements a thread
+    with device_of(out):
+        _bsr_add_up_kernel[(m * triton.cdiv(n, block_n),)](
+            sums,
+            bias,
+            residual2,
+            out,
+            m, n,
+            SPLIT=split,
+            HAS_BIAS=bias is not None, HAS_RESIDUAL=residual2 is not None,
+            ACTIVATION=activation,
+            ALIGNED_OUT=n % 16 == 0,
+            SOFT_BF16=soft_bf16(out.dtype, out.device),
+            BLOCK_N=block_n,
+            **launch_options(out.device, 1, 4),
         )  # fmt: skip
     return out
 
@@ -111,20 +241,26 @@ def _rounded(y, DTYPE: tl.constexpr, SOFT_BF16: tl.constexpr):
         return y.to(DTYPE)
 
 
-@triton.jit(do_not_specialize=["M", "N", "K", "stride_xm", "stride_xk"])
+@triton.jit(do_not_specialize=["M", "OUT", "RED", "stride_xm", "stride_xr"])
 def _bsr_product_kernel(
-    x_ptr,  # [M, K]
+    x_ptr,  # [M, RED]; OUT, RED are N, K; where TRANSPOSED K, N
     values_ptr,  # [nnz, BN, BK], contiguous
-    crow_ptr, col_ptr, row_order_ptr,  # [block_rows + 1], [nnz + 1], [block_rows]
-    bias_ptr,  # [N] where HAS_BIAS
-    residual_ptr,  # [M, N] where HAS_RESIDUAL, contiguous
-    out_ptr,  # [M, N] out, contiguous
-    M, N, K,
-    stride_xm, stride_xk,
+    starts_ptr,  # [blocks along OUT + 1]
+    index_ptr,  # [nnz + 1]: where blocks lie along RED
+    perm_ptr,  # [nnz] where TRANSPOSED: where in values they are
+    order_ptr,  # [blocks along OUT] where not TRANSPOSED
+    bias_ptr,  # [OUT] where HAS_BIAS
+    residual_ptr,  # [M, OUT] where HAS_RESIDUAL, contiguous
+    out_ptr,  # [M, OUT] out, contiguous; where SPLIT > 1 [SPLIT, M, OUT] fp32
+    M, OUT, RED,
+    stride_xm, stride_xr,
+    TRANSPOSED: tl.constexpr,  # x W instead of x W^T
+    WEIGHT_LEFT: tl.constexpr,  # out^T = W x^T instead of out = x W^T
+    SPLIT: tl.constexpr,  # programs that share a list of blocks
     HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    ALIGNED_X: tl.constexpr,  # stride_xk is 1; stride_xm and K are multiples of 16
-    ALIGNED_OUT: tl.constexpr,  # N is a multiple of 16
+    ALIGNED_X: tl.constexpr,  # stride_xr is 1; stride_xm and RED are multiples of 16
+    ALIGNED_OUT: tl.constexpr,  # OUT is a multiple of 16
     SOFT_BF16: tl.constexpr,  # bf16 by hand, where the compiler does not do it right
     PRECISION: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr,  # sides of a block
@@ -133,61 +269,208 @@ def _bsr_product_kernel(
     # Sizes and strides are not specialised, so a new batch size compiles nothing. What the
     # compiler must know for wide loads comes back as a flag: x // 16 * 16 shows it the multiple.
     if ALIGNED_X:
-        K = K // 16 * 16
+        RED = RED // 16 * 16
         stride_xm = stride_xm // 16 * 16
-        stride_xk = 1
+        stride_xr = 1
     if ALIGNED_OUT:
-        N = N // 16 * 16
-    PARTS: tl.constexpr = BN // BLOCK_N
-    STEPS: tl.constexpr = BK // BLOCK_K
+        OUT = OUT // 16 * 16
+    if TRANSPOSED:
+        SIDE_OUT: tl.constexpr = BK
+        SIDE_RED: tl.constexpr = BN
+        BLOCK_OUT: tl.constexpr = BLOCK_K
+        BLOCK_RED: tl.constexpr = BLOCK_N
+    else:
+        SIDE_OUT: tl.constexpr = BN
+        SIDE_RED: tl.constexpr = BK
+        BLOCK_OUT: tl.constexpr = BLOCK_N
+        BLOCK_RED: tl.constexpr = BLOCK_K
+    PARTS: tl.constexpr = SIDE_OUT // BLOCK_OUT
+    STEPS: tl.constexpr = SIDE_RED // BLOCK_RED
 
-    # the longest block rows start first; neighbours share a block row's values
+    # the longest block rows start first; neighbours share a list's values
     pid = tl.program_id(0).to(tl.int64)
     num_m = tl.cdiv(M, BLOCK_M)
-    pid_m = pid % num_m
-    pid_n = pid // num_m
-    row = tl.load(row_order_ptr + pid_n // PARTS).to(tl.int64)
-    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_bn = pid_n % PARTS * BLOCK_N + tl.arange(0, BLOCK_N)  # inside the block
+    pid_o = pid // num_m // SPLIT
+    share = pid // num_m % SPLIT
+    if TRANSPOSED:
+        block_o = pid_o // PARTS
+    else:
+        block_o = tl.load(order_ptr + pid_o // PARTS).to(tl.int64)
+    offs_m = pid % num_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_bo = pid_o % PARTS * BLOCK_OUT + tl.arange(0, BLOCK_OUT)  # inside the block
     mask_m = offs_m < M
 
-    start = tl.load(crow_ptr + row)
-    end = tl.load(crow_ptr + row + 1)
+    start = tl.load(starts_ptr + block_o)
+    end = tl.load(starts_ptr + block_o + 1)
+    if SPLIT > 1:
+        length = tl.cdiv(end - start, SPLIT)
+        start = tl.minimum(start + share.to(tl.int32) * length, end)
+        end = tl.minimum(start + length, end)
     x_row_ptrs = x_ptr + offs_m[:, None] * stride_xm
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    # The column index is carried one step ahead: loaded inside its own step it would cost half
-    # of the pipeline's depth. The last step reads the entry after its row; col has one to spare.
-    col = tl.load(col_ptr + start)
+    if WEIGHT_LEFT:
+        acc = tl.zeros((BLOCK_OUT, BLOCK_M), dtype=tl.float32)
+    else:
+        acc = tl.zeros((BLOCK_M, BLOCK_OUT), dtype=tl.float32)
+    # Indices are carried one step ahead: loaded inside their own step they would cost half of the
+    # pipeline's depth. The last step reads the entry after its list; index has one to spare.
+    index = tl.load(index_ptr + start)
+    if TRANSPOSED:
+        which = tl.load(perm_ptr + start, mask=start < end, other=0)
     for i in range(start * STEPS, end * STEPS):
-        next_col = tl.load(col_ptr + (i + 1) // STEPS)
-        offs_bk = (i % STEPS) * BLOCK_K + tl.arange(0, BLOCK_K)  # inside the block  # pyright: ignore
-        offs_k = col.to(tl.int64) * BK + offs_bk
-        mask_k = offs_k < K
+        next_index = tl.load(index_ptr + (i + 1) // STEPS)
+        offs_br = (i % STEPS) * BLOCK_RED + tl.arange(0, BLOCK_RED)  # inside  # pyright: ignore
+        offs_r = index.to(tl.int64) * SIDE_RED + offs_br
+        mask_r = offs_r < RED
         x = tl.load(
-            x_row_ptrs + offs_k[None, :] * stride_xk,
-            mask=mask_m[:, None] & mask_k[None, :], other=0.0,
+            x_row_ptrs + offs_r[None, :] * stride_xr,
+            mask=mask_m[:, None] & mask_r[None, :], other=0.0,
         )  # fmt: skip
-        # beyond a ragged edge anything may be stored, so it is masked too
-        block_ptr = values_ptr + tl.cast(i // STEPS, tl.int64) * (BN * BK)
-        values = tl.load(
-            block_ptr + offs_bn[:, None] * BK + offs_bk[None, :],
-            mask=mask_k[None, :], other=0.0,
-        )  # fmt: skip
+        if TRANSPOSED:
+            next_which = tl.load(perm_ptr + tl.minimum((i + 1) // STEPS, end - 1))
+            block_ptr = values_ptr + which.to(tl.int64) * (BN * BK)  # pyright: ignore
+            which = next_which
+            stride_r: tl.constexpr = BK
+            stride_o: tl.constexpr = 1  # pyright: ignore
+        else:
+            block_ptr = values_ptr + tl.cast(i // STEPS, tl.int64) * (BN * BK)
+            stride_r: tl.constexpr = 1  # pyright: ignore
+            stride_o: tl.constexpr = BK
+        # Read as the product takes it, which mma.sync's pipeline wants. Beyond a ragged edge
+        # anything may be stored, so it is masked too.
+        if WEIGHT_LEFT or not TRANSPOSED:
+            values = tl.load(
+                block_ptr + offs_bo[:, None] * stride_o + offs_br[None, :] * stride_r,
+                mask=mask_r[None, :], other=0.0,
+            )  # fmt: skip
+        else:
+            values = tl.load(
+                block_ptr + offs_br[:, None] * stride_r + offs_bo[None, :] * stride_o,
+                mask=mask_r[:, None], other=0.0,
+            )  # fmt: skip
+        index = next_index
         if SOFT_BF16:  # the interpreter multiplies the bit patterns of bf16
             x = x.to(tl.float32)
             values = values.to(tl.float32)
-        acc = tl.dot(x, tl.trans(values), acc, input_precision=PRECISION)
-        col = next_col
+        if WEIGHT_LEFT:
+            acc = tl.dot(values, tl.trans(x), acc, input_precision=PRECISION)
+        elif not TRANSPOSED:
+            acc = tl.dot(x, tl.trans(values), acc, input_precision=PRECISION)
+        else:
+            acc = tl.dot(x, values, acc, input_precision=PRECISION)
 
-    offs_n = row * BN + offs_bn
-    mask_n = offs_n < N
-    mask = mask_m[:, None] & mask_n[None, :]
-    offs = offs_m[:, None] * N + offs_n[None, :]
+    if WEIGHT_LEFT:
+        acc = tl.trans(acc)
+    offs_o = block_o * SIDE_OUT + offs_bo
+    mask_o = offs_o < OUT
+    mask = mask_m[:, None] & mask_o[None, :]
+    offs = offs_m[:, None] * OUT + offs_o[None, :]
     if HAS_BIAS:
-        bias = tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0)
+        bias = tl.load(bias_ptr + offs_o, mask=mask_o, other=0.0)
         acc += bias.to(tl.float32)[None, :]
     if HAS_RESIDUAL:
         residual = tl.load(residual_ptr + offs, mask=mask, other=0.0)
         acc += residual.to(tl.float32)
+    acc = _activate(acc, ACTIVATION)
+    if SPLIT > 1:
+        tl.store(out_ptr + share * M * OUT + offs, acc, mask=mask)
+    else:
+        out = _rounded(acc, out_ptr.dtype.element_ty, SOFT_BF16)
+        tl.store(out_ptr + offs, out, mask=mask)
+
+
+# A kernel of its own: it starts when all sums are there.
+@triton.jit(do_not_specialize=["M", "N"])
+def _bsr_add_up_kernel(
+    sums_ptr,  # [SPLIT, M, N] fp32
+    bias_ptr,  # [N] where HAS_BIAS
+    residual_ptr,  # [M, N] where HAS_RESIDUAL, contiguous
+    out_ptr,  # [M, N] out, contiguous
+    M, N,
+    SPLIT: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    ALIGNED_OUT: tl.constexpr,  # N is a multiple of 16
+    SOFT_BF16: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    if ALIGNED_OUT:
+        N = N // 16 * 16
+    pid = tl.program_id(0).to(tl.int64)
+    num_n = tl.cdiv(N, BLOCK_N)
+    offs_n = pid % num_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N
+    offs = pid // num_n * N + offs_n
+    acc = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    for share in tl.static_range(SPLIT):  # pyright: ignore
+        part_ptr = sums_ptr + tl.cast(share, tl.int64) * M * N
+        acc += tl.load(part_ptr + offs, mask=mask_n, other=0.0)
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        acc += tl.load(residual_ptr + offs, mask=mask_n, other=0.0).to(tl.float32)
     out = _rounded(_activate(acc, ACTIVATION), out_ptr.dtype.element_ty, SOFT_BF16)
-    tl.store(out_ptr + offs, out, mask=mask)
+    tl.store(out_ptr + offs, out, mask=mask_n)
+
+
+@triton.jit(do_not_specialize=["M", "N", "K", "stride_dm", "stride_dn", "stride_xm", "stride_xk"])
+def _bsr_dvalues_kernel(
+    dy_ptr, x_ptr,  # [M, N], [M, K]
+    row_ptr, col_ptr, perm_ptr,  # [nnz + 1], [nnz + 1], [nnz]
+    dvalues_ptr,  # [nnz, BN, BK] out, contiguous
+    M, N, K,
+    stride_dm, stride_dn,
+    stride_xm, stride_xk,
+    ALIGNED_DY: tl.constexpr,  # stride_dn is 1; stride_dm and N are multiples of 16
+    ALIGNED_X: tl.constexpr,  # stride_xk is 1; stride_xm and K are multiples of 16
+    SOFT_BF16: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr,  # sides of a block
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    if ALIGNED_DY:
+        N = N // 16 * 16
+        stride_dm = stride_dm // 16 * 16
+        stride_dn = 1
+    if ALIGNED_X:
+        K = K // 16 * 16
+        stride_xm = stride_xm // 16 * 16
+        stride_xk = 1
+    PARTS_N: tl.constexpr = BN // BLOCK_N
+    PARTS_K: tl.constexpr = BK // BLOCK_K
+
+    # in transposed order: neighbours share a strip of x
+    pid = tl.program_id(0).to(tl.int64)
+    j = pid // (PARTS_N * PARTS_K)
+    which = tl.load(perm_ptr + j).to(tl.int64)
+    row = tl.load(row_ptr + j).to(tl.int64)
+    col = tl.load(col_ptr + which).to(tl.int64)
+    offs_bn = pid // PARTS_K % PARTS_N * BLOCK_N + tl.arange(0, BLOCK_N)  # inside the block
+    offs_bk = pid % PARTS_K * BLOCK_K + tl.arange(0, BLOCK_K)
+    offs_n = row * BN + offs_bn
+    offs_k = col * BK + offs_bk
+    mask_n = offs_n < N
+    mask_k = offs_k < K
+
+    # What overhangs a ragged edge is read as 0, and so are its sums. dy is read transposed: as a
+    # left operand mma.sync's loop pipelines it in no other way.
+    acc = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
+    for i in range(0, tl.cdiv(M, BLOCK_M)):
+        offs_m = tl.cast(i, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+        mask_m = offs_m < M
+        dy = tl.load(
+            dy_ptr + offs_n[:, None] * stride_dn + offs_m[None, :] * stride_dm,
+            mask=mask_n[:, None] & mask_m[None, :], other=0.0,
+        )  # fmt: skip
+        x = tl.load(
+            x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :] * stride_xk,
+            mask=mask_m[:, None] & mask_k[None, :], other=0.0,
+        )  # fmt: skip
+        if SOFT_BF16:
+            dy = dy.to(tl.float32)
+            x = x.to(tl.float32)
+        acc = tl.dot(dy, x, acc, input_precision=PRECISION)
+
+    tl.store(
+        dvalues_ptr + which * (BN * BK) + offs_bn[:, None] * BK + offs_bk[None, :],
+        _rounded(acc, dvalues_ptr.dtype.element_ty, SOFT_BF16),
+    )

@@ -1,0 +1,303 @@
+"""Products with a block-sparse weight: values in every form, hostile memory, compiled code."""
+
+import mmap
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import DTYPES, assert_exact, assert_within_twice, integers, layouts, poisoned
+from sgtriton_kernels._triton import INTERPRETED, why_not_triton
+from sgtriton_kernels.bsr import BlockSparse
+from sgtriton_kernels.bsr_product import bsr_linear_dvalues, bsr_linear_dx, bsr_linear_fwd
+from sgtriton_kernels.tiles import BsrTile
+from test_bsr import patterns
+
+FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
+# small: quick to compile natively
+TILE = BsrTile(BLOCK_N=16, BLOCK_M=16, BLOCK_K=16, num_stages=1, num_warps=1)
+FORMS = {
+    "x_left": TILE,
+    "weight_left": replace(TILE, form="weight_left"),
+    "split": replace(TILE, split=3),
+}  # fmt: skip
+BACKWARD = {name: FORMS[name] for name in ("x_left", "weight_left", "split")}
+# M, N, K: ragged everywhere, one tile, several tiles, one row
+SHAPES = [(5, 40, 70), (16, 16, 16), (37, 64, 96), (1, 48, 48)]
+EMPTY = [(0, 32, 48)]
+
+
+@pytest.fixture(autouse=True)
+def _nan_outputs(device, request):
+    """Memory that nobody wrote holds NaN: a missed store shows."""
+    compiles = request.node.get_closest_marker("compiles")
+    if not compiles and (reason := why_not_triton(device)):
+        pytest.skip(reason)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+class Case:
+    """A layer with NaN beyond its ragged edges, and what fp64 makes of it."""
+
+    def __init__(self, shape, block, open, dtype, device, make=integers):
+        m, n, k = self.shape = shape
+        self.w = BlockSparse.from_dense(make(n, k).to(device, dtype), block, open)
+        self.dense = self.w.to_dense()
+        self.outside = torch.ones_like(self.w.values, dtype=torch.bool)
+        for row in range(self.w.block_rows):
+            for i in range(int(self.w.crow[row]), int(self.w.crow[row + 1])):
+                within_n, within_k = n - row * block[0], k - int(self.w.col[i]) * block[1]
+                self.outside[i, :within_n, :within_k] = False
+        self.w.values[self.outside] = float("nan")
+        self.x, self.dy = make(m, k).to(device, dtype), make(m, n).to(device, dtype)
+        self.bias, self.residual = make(n).to(device, dtype), make(m, n).to(device, dtype)
+
+    def fwd(self, tile, activation="none", x=None, bias=True, residual=True):
+        w, n = self.w, self.shape[1]
+        return bsr_linear_fwd(
+            self.x if x is None else x, w.values, w.crow, w.col, w.row_order,
+            self.bias if bias else None, self.residual if residual else None, n, activation, tile,
+        )  # fmt: skip
+
+    def dx(self, tile, dy=None):
+        w, dy = self.w, self.dy if dy is None else dy
+        return bsr_linear_dx(dy, w.values, w.ccol, w.row, w.perm, self.shape[2], tile)
+
+    def dvalues(self, tile, dy=None, x=None):
+        w, dy, x = self.w, self.dy if dy is None else dy, self.x if x is None else x
+        return bsr_linear_dvalues(dy, x, w.values, w.row, w.col, w.perm, tile)
+
+    def y64(self, wide=torch.float64):
+        return F.linear(self.x.to(wide), self.dense.to(wide), self.bias.to(wide)) + self.residual
+
+    def dx64(self):
+        return self.dy.double() @ self.dense.double()
+
+    def dvalues64(self):
+        return self.blocks_of(self.dy.double().T @ self.x.double())
+
+    def blocks_of(self, d):
+        """A dense gradient at the stored blocks, in their order."""
+        w, (bn, bk) = self.w, self.w.block
+        d = F.pad(d, (0, w.block_cols * bk - d.shape[1], 0, w.block_rows * bn - d.shape[0]))
+        blocks = d.view(w.block_rows, bn, w.block_cols, bk).transpose(1, 2)
+        row = torch.repeat_interleave(w.crow.diff())
+        return blocks[row, w.col[: w.nnz]]
+
+
+def grid(shape, block):
+    return -(-shape[1] // block[0]), -(-shape[2] // block[1])
+
+
+def topologies(shape):
+    """Every pattern on the ragged shape, one on the others: launches are slow in the interpreter"""
+    found = patterns(*grid(shape, (16, 16)))
+    names = list(found) if shape == SHAPES[0] else ["random"]
+    return {name: found[name] for name in names}
+
+
+def some(shape, block, share=0.5):
+    """About ``share`` of the blocks, and at least one."""
+    open = torch.rand(grid(shape, block)) < share
+    open[-1, -1] = True
+    return open
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES + EMPTY, ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_forward_is_exact(form, shape, dtype, device):
+    if not INTERPRETED and dtype == FP16:
+        pytest.skip("the other dtypes and the interpreter cover it")
+    for name, open in topologies(shape).items():
+        case = Case(shape, (16, 16), open, dtype, device)
+        y = case.fwd(FORMS[form])
+        assert (y.dtype, y.is_contiguous()) == (dtype, True)
+        assert_exact(name, y, case.y64())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES + EMPTY, ids=str)
+@pytest.mark.parametrize("form", BACKWARD)
+def test_dx_is_exact(form, shape, dtype, device):
+    if not INTERPRETED and dtype == FP16:
+        pytest.skip("the other dtypes and the interpreter cover it")
+    for name, open in topologies(shape).items():
+        case = Case(shape, (16, 16), open, dtype, device)
+        dx = case.dx(BACKWARD[form])
+        assert (dx.dtype, dx.is_contiguous()) == (dtype, True)
+        assert_exact(name, dx, case.dx64())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES + EMPTY, ids=str)
+def test_dvalues_are_exact(shape, dtype, device):
+    for name, open in topologies(shape).items():
+        case = Case(shape, (16, 16), open, dtype, device)
+        dvalues = case.dvalues(TILE)
+        assert (dvalues.dtype, dvalues.is_contiguous()) == (dtype, True)
+        assert_exact(name, dvalues, case.dvalues64())
+        assert (dvalues[case.outside] == 0).all()
+
+
+BLOCKS = [(16, 16), (32, 32), (16, 64), (64, 16), (64, 64), (128, 32), (256, 16)]
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_every_block_is_exact(form, block, device):
+    if not INTERPRETED and block not in ((32, 32), (16, 64), (64, 16)):
+        pytest.skip("the other blocks and the interpreter cover it")
+    shape = (9, 260, 130)
+    case = Case(shape, block, some(shape, block), FP32, device)
+    # sides of the tile below, at and above the block's
+    tile = replace(FORMS[form], BLOCK_N=32, BLOCK_K=32)
+    assert_exact("y", case.fwd(tile), case.y64())
+    if form in BACKWARD:
+        assert_exact("dx", case.dx(tile), case.dx64())
+        assert_exact("dvalues", case.dvalues(tile), case.dvalues64())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_error_is_within_twice_that_of_pytorch(form, dtype, device):
+    shape = (7, 72, 100)
+    case = Case(shape, (16, 32), some(shape, (16, 32)), dtype, device, torch.randn)
+    tile = replace(FORMS[form], BLOCK_K=32)
+    torch_y = F.linear(case.x, case.dense, case.bias) + case.residual
+    assert_within_twice("y", case.fwd(tile), case.y64(), torch_y)
+    if form in BACKWARD:
+        assert_within_twice("dx", case.dx(tile), case.dx64(), case.dy @ case.dense)
+    torch_d = case.blocks_of(case.dy.T @ case.x)
+    assert_within_twice("dvalues", case.dvalues(tile), case.dvalues64(), torch_d)
+
+
+ACTIVATIONS = {
+    "none": lambda y: y, "relu": F.relu, "gelu": F.gelu, "silu": F.silu,
+    "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("form", FORMS)
+def test_residual_is_added_before_the_activation(form, activation, device):
+    if not INTERPRETED and (form != "split" or activation == "silu"):
+        pytest.skip("one form compiled, and the interpreter, cover it")
+    case = Case((5, 40, 70), (16, 16), some((5, 40, 70), (16, 16)), FP32, device, torch.randn)
+    act = ACTIVATIONS[activation]
+    y = F.linear(case.x, case.dense, case.bias) + case.residual
+    out = case.fwd(FORMS[form], activation)
+    assert_within_twice("out", out, act(case.y64()), act(y))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_bias_and_residual_may_be_missing(form, device):
+    case = Case((5, 40, 70), (16, 16), some((5, 40, 70), (16, 16)), FP32, device)
+    product = case.x.double() @ case.dense.double().T
+    tile = FORMS[form]
+    assert_exact("neither", case.fwd(tile, bias=False, residual=False), product)
+    if INTERPRETED:
+        assert_exact("bias", case.fwd(tile, residual=False), product + case.bias)
+        assert_exact("residual", case.fwd(tile, bias=False), product + case.residual)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_memory_layouts_do_not_matter(form, device):
+    shape = (6, 48, 80)
+    case = Case(shape, (16, 16), some(shape, (16, 16)), FP32, device)
+    tile = FORMS[form]
+    for name, x in layouts(case.x).items():
+        assert_exact(f"y {name}", case.fwd(tile, x=x), case.y64())
+    for name, dy in layouts(case.dy).items():
+        if form in BACKWARD:
+            assert_exact(f"dx {name}", case.dx(tile, dy), case.dx64())
+        x = layouts(case.x)[name]
+        assert_exact(f"dvalues {name}", case.dvalues(tile, dy, x), case.dvalues64())
+    expected = case.y64()
+    for name, residual in layouts(case.residual).items():
+        case.residual = residual
+        assert_exact(f"residual {name}", case.fwd(tile), expected)
+    case.x = case.x[:1].expand(6, 80)
+    case.bias = poisoned(case.bias)
+    case.residual = case.residual[:, :1].expand(6, 48)
+    assert_exact("expanded", case.fwd(tile), case.y64())
+    case.dy = case.dy[:1, :1].expand(6, 48)
+    assert_exact("expanded dx", case.dx(TILE), case.dx64())
+    assert_exact("expanded dvalues", case.dvalues(TILE), case.dvalues64())
+
+
+@pytest.mark.parametrize("stages", range(1, 9))
+@pytest.mark.parametrize("form", FORMS)
+def test_pipeline_depth_does_not_change_values(form, stages, device):
+    if not INTERPRETED and device.type == "cpu" and stages not in (1, 4):
+        pytest.skip("the CPU compiler has no pipeline")
+    shape = (17, 64, 96)
+    case = Case(shape, (16, 16), some(shape, (16, 16)), FP32, device)
+    tile = replace(FORMS[form], num_stages=stages)
+    assert_exact("y", case.fwd(tile), case.y64())
+    if form in BACKWARD:
+        assert_exact("dx", case.dx(tile), case.dx64())
+    assert_exact("dvalues", case.dvalues(tile), case.dvalues64())
+
+
+@pytest.mark.parametrize("split", [2, 3, 8])
+def test_split_sums_are_bitwise_repeatable(split, device):
+    shape = (3, 32, 160)
+    case = Case(shape, (16, 16), some(shape, (16, 16), 0.7), FP32, device, torch.randn)
+    outs = [case.fwd(replace(TILE, split=split), "gelu") for _ in range(10)]
+    assert all(torch.equal(out, outs[0]) for out in outs)
+    y = F.linear(case.x, case.dense, case.bias) + case.residual
+    assert_within_twice("out", outs[0], F.gelu(case.y64()), F.gelu(y))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_nan_and_infinity_reach_the_output(form, device):
+    case = Case((2, 16, 16), (16, 16), torch.ones(1, 1).bool(), FP32, device)
+    case.bias[:3] = torch.tensor([float("nan"), float("inf"), -float("inf")])
+    for activation in ("relu", "none"):
+        out = case.fwd(FORMS[form], activation)
+        assert out[:, 0].isnan().all()
+        assert (out[:, 1] == float("inf")).all()
+        assert (out[:, 2] == (0 if activation == "relu" else -float("inf"))).all()
+        assert out[:, 3:].isfinite().all()
+
+
+@pytest.mark.parametrize("which", ["x", "values"])
+@pytest.mark.parametrize("form", FORMS)
+def test_offsets_beyond_32_bits(form, which, device):
+    """The kernels themselves, on buffers of which only a few pages exist."""
+    if device.type != "cpu":
+        pytest.skip("needs memory that is not there")
+    x, values = integers(4, 16), integers(1, 16, 16)
+    starts, index = torch.tensor([0, 1]).int(), torch.tensor([0, 0]).int()
+    perm = torch.zeros(1, dtype=torch.int32)
+    far = 3 << 30
+    try:
+        buffer = mmap.mmap(-1, 4 * (far + 256), flags=mmap.MAP_PRIVATE | 0x4020)  # no reserve
+    except OSError as error:
+        pytest.skip(f"no address space: {error}")
+    tile, dense = FORMS[form], values[0]
+    huge = torch.frombuffer(buffer, dtype=torch.float32)
+    if which == "x":
+        huge = huge.as_strided((4, 16), (1 << 30, 1))
+        huge.copy_(x)
+        dvalues = bsr_linear_dvalues(huge, huge, values, perm, index, perm, TILE)
+        assert_exact("dvalues", dvalues[0], x.T @ x)
+        used = huge
+    else:
+        first = far // 256
+        huge = huge.view(-1, 16, 16)
+        huge[first] = values[0]
+        used, values = x, huge
+        starts, index = torch.tensor([first, first + 1]).int(), torch.zeros(first + 2).int()
+    order = torch.zeros(1, dtype=torch.int32)
+    out = bsr_linear_fwd(used, values, starts, index, order, None, None, 16, "none", tile)
+    assert_exact("y", out, x @ dense.T)
+    if form in BACKWARD:
+        if which == "values":
+            perm = torch.full((1,), far // 256, dtype=torch.int32)
+            starts = torch.tensor([0, 1]).int()
+        out = bsr_linear_dx(used, values, starts, index, perm, 16, tile)
+        assert_exact("dx", out, x @ dense)
