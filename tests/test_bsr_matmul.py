@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from cards import CARDS, compile_for
 from helpers import DTYPES, assert_exact, assert_within_twice, integers, layouts, poisoned
-from sgtriton_kernels import bsr_matmul, bsr_product, bsr_torch
+from sgtriton_kernels import bsr_matmul, bsr_product
 from sgtriton_kernels._impl import use_impl
 from sgtriton_kernels._triton import INTERPRETED, why_not_triton
 from sgtriton_kernels.bsr import BlockSparse
@@ -174,14 +174,6 @@ def test_torch_implementation_serves_any_block(block, m, device):
         w = BlockSparse.from_dense(integers(100, 130, device=device), block, open)
         out = bsr_linear(x, w, bias, "relu", impl="torch")
         assert_exact(name, out, bsr_linear_ref(x, w, bias, "relu"))
-
-
-def test_torch_implementation_works_in_bounded_chunks(device, monkeypatch):
-    w = sparse(64, 96, make=integers, device=device)
-    monkeypatch.setattr(bsr_torch, "_CHUNK", 1)
-    monkeypatch.setattr(bsr_torch, "_FEW", 0)
-    x = integers(70, 96, device=device)
-    assert_exact("out", bsr_linear(x, w, impl="torch"), bsr_linear_ref(x, w))
 
 
 def test_double_precision_runs_in_pytorch(device):
@@ -354,20 +346,138 @@ def test_autocast_as_f_linear(dtype, impl, device):
         assert torch.equal(out, expected)
 
 
-def test_backward_says_that_it_is_missing(device):
-    w, x = sparse(16, 16, device=device), torch.ones(2, 16, device=device, requires_grad=True)
-    with pytest.raises(NotImplementedError, match="bsr_linear has no backward yet"):
-        bsr_linear(x, w, impl="torch").sum().backward()
-    w.values.requires_grad_()
-    with pytest.raises(NotImplementedError, match="bsr_linear has no backward yet"):
-        bsr_linear(x.detach(), w, impl="torch").sum().backward()
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_gradients_of_whole_numbers_are_exact(shape, dtype, impl, device):
+    m, n, k = shape
+    for name, open in patterns(-(-n // 16), -(-k // 16)).items():
+        w = BlockSparse.from_dense(integers(n, k, dtype=dtype, device=device), BLOCK, open)
+        dense = w.to_dense().double().requires_grad_()
+        x = poisoned(integers(m, k, dtype=dtype, device=device)).requires_grad_()
+        bias = integers(n, dtype=dtype, device=device).requires_grad_()
+        residual = integers(m, n, dtype=dtype, device=device).requires_grad_()
+        dy = poisoned(integers(m, n, dtype=dtype, device=device))
+        w.values.requires_grad_()
+        out = bsr_linear(x, w, bias, residual=residual, impl=impl, tile=TILE)
+        grads = torch.autograd.grad(out, (x, w.values, bias, residual), dy)
+        expected_dx, expected_dw = torch.autograd.grad(
+            F.linear(x.double(), dense), (x, dense), dy.double()
+        )
+        assert_exact(f"{name} dx", grads[0], expected_dx)
+        pattern = torch.ones(-(-n // 16), -(-k // 16), dtype=torch.bool) if open is None else open
+        expected = BlockSparse.from_dense(expected_dw, BLOCK, pattern.to(device))
+        assert_exact(f"{name} dvalues", grads[1], expected.values)
+        assert_exact(f"{name} dbias", grads[2], dy.double().sum(0))
+        assert_exact(f"{name} dresidual", grads[3], dy)
+        for grad, t in zip(grads, (x, w.values, bias, residual), strict=True):
+            assert grad.dtype == t.dtype
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activation_and_residual_have_the_gradients_of_pytorch(activation, impl, device):
+    w = sparse(40, 70, dtype=torch.float32, device=device)
+    x = torch.randn(2, 3, 70, device=device, requires_grad=True)
+    residual = torch.randn(2, 3, 40, device=device, requires_grad=True)
+    bias = torch.randn(40, device=device, requires_grad=True)
+    dense = w.to_dense()
+    dy = torch.randn(2, 3, 40, device=device)
+    inputs = (x, bias, residual)
+
+    def grads(dtype):
+        xd, bd, rd = (t.detach().to(dtype).requires_grad_() for t in inputs)
+        y = ACTIVATIONS[activation](F.linear(xd, dense.to(dtype), bd) + rd)
+        return y, *torch.autograd.grad(y, (xd, bd, rd), dy.to(dtype))
+
+    out = bsr_linear(x, w, bias, activation, residual=residual, impl=impl, tile=TILE)
+    ours = (out, *torch.autograd.grad(out, inputs, dy))
+    for name, a, ref64, plain in zip(
+        ("out", "dx", "dbias", "dresidual"), ours, grads(torch.float64), grads(torch.float32),
+        strict=True,
+    ):  # fmt: skip
+        assert_within_twice(name, a, ref64, plain)
     with torch.no_grad():
-        assert not bsr_linear(x, w, impl="torch").requires_grad
+        fused = bsr_linear(x, w, bias, activation, residual=residual, impl=impl, tile=TILE)
+    assert_within_twice("fused", fused, grads(torch.float64)[0], grads(torch.float32)[0])
+
+
+def test_only_wanted_gradients_are_computed(impl, device):
+    w = sparse(32, 48, device=device)
+    x = torch.randn(5, 48, device=device)
+    for needs in ([True, False], [False, True]):
+        inputs = [t.detach().requires_grad_(need) for t, need in zip((x, w.values), needs)]  # noqa: B905
+        held = BlockSparse(inputs[1], w.crow, w.col, w.shape)
+        bsr_linear(inputs[0], held, impl=impl, tile=TILE).sum().backward()
+        assert [t.grad is not None for t in inputs] == needs
+
+
+def test_values_beyond_a_ragged_edge_get_no_gradient_and_give_none(impl, device):
+    w = sparse(40, 70, share=1.0, make=integers, device=device)
+    dense = w.to_dense()
+    for row in range(w.block_rows):
+        for i in range(int(w.crow[row]), int(w.crow[row + 1])):
+            w.values[i, max(0, 40 - row * 16) :] = float("nan")
+            w.values[i, :, max(0, 70 - int(w.col[i]) * 16) :] = float("nan")
+    x = integers(5, 70, device=device).requires_grad_()
+    w.values.requires_grad_()
+    dy = integers(5, 40, device=device)
+    out = bsr_linear(x, w, impl=impl, tile=TILE)
+    dx, dvalues = torch.autograd.grad(out, (x, w.values), dy)
+    assert_exact("dx", dx, dy @ dense)
+    assert_exact("dvalues", dvalues, BlockSparse.from_dense(dy.T @ x, BLOCK).values)
+
+
+def test_second_derivatives_are_those_of_pytorch(impl, device):
+    w = sparse(32, 48, device=device)
+    x = torch.randn(3, 48, device=device, requires_grad=True)
+    w.values.requires_grad_()
+
+    def penalty(linear):
+        out = linear().square().sum()
+        grads = torch.autograd.grad(out, (x, w.values), create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in grads), (x, w.values))
+
+    ours = penalty(lambda: bsr_linear(x, w, impl=impl, tile=TILE))
+    plain = penalty(lambda: F.linear(x, w.to_dense()))
+    for name, a, b in zip(("x", "values"), ours, plain, strict=True):
+        torch.testing.assert_close(a, b, msg=name, rtol=1e-4, atol=1e-3)
+
+
+def test_training_the_values_lowers_the_loss_and_keeps_the_pattern(impl, device):
+    w = sparse(32, 48, device=device)
+    values = torch.nn.Parameter(w.values.clone())
+    x, target = torch.randn(16, 48, device=device), torch.randn(16, 32, device=device)
+    optimizer = torch.optim.Adam([values], lr=0.05)
+    losses = []
+    for _ in range(15):
+        held = BlockSparse(values, w.crow, w.col, w.shape)
+        loss = (bsr_linear(x, held, activation="gelu", impl=impl, tile=TILE) - target).square()
+        optimizer.zero_grad()
+        loss.mean().backward()
+        optimizer.step()
+        losses.append(loss.mean().item())
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_an_update_in_place_reaches_the_next_call(impl, device):
+    """Nothing that is kept between calls depends on the values."""
+    w, x = sparse(32, 48, device=device, make=integers), integers(5, 48, device=device)
+    bsr_linear(x, w, impl=impl, tile=TILE)
+    w.values.data.neg_()
+    assert_exact("out", bsr_linear(x, w, impl=impl, tile=TILE), bsr_linear_ref(x, w))
+
+
+def test_results_may_be_written_to_in_place(impl, device):
+    w = sparse(32, 48, device=device)
+    x = torch.randn(2, 3, 48, device=device, requires_grad=True)
+    out = bsr_linear(x, w, impl=impl, tile=TILE)
+    out += 1
+    out.sum().backward()
+    assert x.grad is not None
 
 
 def op_arguments(x, w, bias, impl):
-    return (x, w.values, w.crow, w.col, w.ccol, w.row, w.perm, w.row_order, bias, w.shape[0],
-            "relu", impl, TILE.pack())  # fmt: skip
+    return (x, w.values, w.crow, w.col, w.ccol, w.row, w.perm, w.row_order, bias, None,
+            w.shape[0], "relu", impl, TILE.pack())  # fmt: skip
 
 
 def test_op_is_sound(impl, device):

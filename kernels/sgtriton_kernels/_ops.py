@@ -7,16 +7,47 @@ an op may be called in its place. The profiler then shows the autograd function 
 and a kernel that someone else registers for the op is not reached.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 _NAMESPACE = "sgtriton_kernels"
 _PLAIN = (torch.Tensor, torch.nn.Parameter, type(None))
 
 ops = getattr(torch.ops, _NAMESPACE)
+_library = torch.library.Library(_NAMESPACE, "FRAGMENT")
 
 
 def add_op_namespace_prefix(name: str) -> str:
     return f"{_NAMESPACE}::{name}"
+
+
+def register_op(
+    name: str, function: Callable, fake: Callable, autograd: Callable | None = None
+) -> Any:
+    """Register an op with the parts that ``torch.library.custom_op`` is made of.
+
+    Its own checks and wrappers cost as much as a small layer (measured: 160 of 470 us, forward and
+    backward).
+
+    Args:
+        name: of the op.
+        function: computes it; changes nothing; its annotations give the schema.
+        fake: makes results without data.
+        autograd: called with the op's arguments where autograd is active.
+
+    Returns:
+        The op.
+    """
+    _library.define(name + torch.library.infer_schema(function, mutates_args=()))
+    _library.impl(name, function, "CompositeExplicitAutograd")
+    torch.library.register_fake(add_op_namespace_prefix(name), fake, lib=_library)
+    if autograd is not None:
+        _library.impl(name, autograd, "Autograd")
+    return getattr(ops, name).default
 
 
 def is_watched(*tensors: torch.Tensor | None) -> bool:

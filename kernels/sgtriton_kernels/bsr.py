@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
+from .block_products import BlockIndex
+
 _INDEX_DTYPES = (torch.int32, torch.int64)
 
 
@@ -188,6 +190,17 @@ class BlockSparse:
     @property
     def block_cols(self) -> int:
         return self.ccol.shape[0] - 1
+
+    @property
+    def index(self) -> BlockIndex:
+        """Where the blocks lie, as library calls want it; kept with what follows from it."""
+        index = self.__dict__.get("_index")
+        if index is None:
+            rows = torch.repeat_interleave(self.crow.diff(), output_size=self.nnz)
+            grid = (self.block_rows, self.block_cols)
+            index = BlockIndex(rows, self.col[: self.nnz].long(), grid)
+            object.__setattr__(self, "_index", index)
+        return index
 
     @property
     def density(self) -> float:

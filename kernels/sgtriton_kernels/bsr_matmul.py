@@ -1,26 +1,34 @@
 """Product with a block-sparse weight, with bias and activation in the same pass.
 
-    out = act(x @ W^T + bias)        W: stored blocks only
+    y = act(x @ W^T + bias + residual)        W: stored blocks only
+    dx = dy @ W        dW[block] = dy^T x at stored blocks        dbias = sum of dy over rows
 
-Sums run in fp32, bias and activation are applied to them, and the result is rounded once.
-Forward only: a backward pass raises.
+Sums run in fp32, bias, residual and activation are applied to them, and the result is rounded once.
+Backward keeps ``x`` and the values. With gradients an activation is applied after the product, by
+PyTorch, which keeps what it needs.
+
+FLOPs: ``2 M`` for each stored weight, in forward, for ``dx`` and for ``dW``. Bytes at the least:
+``x``, ``y`` and the stored values once each.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from ._autocast import cast_like_autocast
 from ._impl import resolve_impl
-from ._ops import add_op_namespace_prefix, ops
+from ._ops import is_watched, register_op
 from ._triton import is_native
 from .bsr import BlockSparse
-from .bsr_product import bsr_linear_fwd, is_aligned
-from .bsr_torch import ACTIVATIONS, bsr_linear_torch
+from .bsr_product import bsr_linear_dvalues, bsr_linear_dx, bsr_linear_fwd, is_aligned
+from .bsr_torch import ACTIVATIONS, bsr_linear_bwd_torch, bsr_linear_torch
 from .tiles import BsrTile, tile_for_bsr_linear
 
 _TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -33,12 +41,14 @@ def bsr_linear(
     bias: torch.Tensor | None = None,
     activation: str | None = None,
     *,
+    residual: torch.Tensor | None = None,
     impl: str | None = None,
     tile: BsrTile | None = None,
 ) -> torch.Tensor:
-    """Linear layer with a block-sparse weight: ``act(x @ W^T + bias)``.
+    """Linear layer with a block-sparse weight: ``act(x @ W^T + bias + residual)``.
 
-    Under autocast, ``x``, the values and ``bias`` are cast to its dtype as for ``F.linear``.
+    Differentiable in ``x``, ``w.values``, ``bias`` and ``residual``; the pattern stays. Under
+    autocast all of them are cast to its dtype as for ``F.linear``.
 
     Args:
         x: ``[..., K]`` fp32 | fp16 | bf16 (the ``torch`` implementation: fp64 too), any strides.
@@ -46,12 +56,12 @@ def bsr_linear(
             powers of two >= 16.
         bias: ``[N]``, dtype and device of ``x``.
         activation: ``"relu"`` | ``"gelu"`` | ``"gelu_tanh"`` | ``"silu"`` | ``None``.
+        residual: ``[..., N]``, dtype and device of ``x``, any strides. Added before the activation.
         impl: ``"triton"`` | ``"torch"``; default: see :mod:`._impl`.
-        tile: what one program of the Triton kernel computes; default: by size.
+        tile: what one program of the Triton kernel computes in forward; default: by size.
 
     Returns:
-        ``[..., N]``, dtype of ``x``, contiguous. Not differentiable yet: backward raises
-        ``NotImplementedError``.
+        ``[..., N]``, dtype of ``x``, contiguous.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not agree; an unknown activation; ``impl``
@@ -61,16 +71,19 @@ def bsr_linear(
     if device.type != "meta" and torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
         x, values = cast_like_autocast(x, dtype), cast_like_autocast(values, dtype)
-        bias = cast_like_autocast(bias, dtype)
+        bias, residual = cast_like_autocast(bias, dtype), cast_like_autocast(residual, dtype)
     n, k = w.shape
     if x.dim() == 0 or x.shape[-1] != k:
         raise ValueError(f"x must be [..., {k}] for a weight of shape {w.shape}, got {_shape(x)}")
     _check_agrees("w", values, x)
-    if bias is not None:
-        if bias.shape != (n,):
-            raise ValueError(f"bias must be [{n}] for a weight of shape {w.shape}, got "
-                             f"{_shape(bias)}")  # fmt: skip
-        _check_agrees("bias", bias, x)
+    for name, t, shape in (("bias", bias, (n,)), ("residual", residual, (*x.shape[:-1], n))):
+        if t is not None:
+            if t.shape != shape:
+                raise ValueError(
+                    f"{name} must be {list(shape)} for x {_shape(x)} and a weight of shape "
+                    f"{w.shape}, got {_shape(t)}"
+                )
+            _check_agrees(name, t, x)
     if x.dtype not in _DTYPES:
         raise ValueError(f"x must be one of {_DTYPES}, got {x.dtype}")
     activation = "none" if activation is None else activation
@@ -78,10 +91,20 @@ def bsr_linear(
         raise ValueError(f"activation must be None or one of {tuple(ACTIVATIONS)[1:]}, got "
                          f"{activation!r}")  # fmt: skip
     impl = resolve_impl(impl, device, "bsr_linear", _why_unsupported(x.dtype, w.block))
-    return _bsr_linear_op(
-        x, values, w.crow, w.col, w.ccol, w.row, w.perm, w.row_order, bias, n, activation, impl,
-        None if tile is None else tile.pack(),
-    )  # fmt: skip
+    tensors = (x, values, bias, residual)
+    trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    after = "none"
+    if trains:  # its derivative is PyTorch's
+        activation, after = after, activation
+    packed = None if tile is None else tile.pack()
+    if is_watched(*tensors):
+        index = (w.crow, w.col, w.ccol, w.row, w.perm, w.row_order)
+        out = _bsr_linear_op(x, values, *index, bias, residual, n, activation, impl, packed)
+    elif trains:
+        out = _BsrLinear.apply(*tensors, w, (activation, impl, packed))
+    else:
+        out = _forward(*tensors, w, activation, impl, packed)
+    return ACTIVATIONS[after](out)
 
 
 def bsr_linear_ref(
@@ -89,12 +112,13 @@ def bsr_linear_ref(
     w: BlockSparse,
     bias: torch.Tensor | None = None,
     activation: str | None = None,
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """What :func:`bsr_linear` computes, in plain PyTorch on the dense weight."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     out = x.to(wide) @ w.to_dense().to(wide).T
-    if bias is not None:
-        out = out + bias.to(wide)
+    for added in (bias, residual):
+        out = out if added is None else out + added.to(wide)
     return ACTIVATIONS[activation or "none"](out).to(x.dtype)
 
 
@@ -117,8 +141,145 @@ def _why_unsupported(dtype: torch.dtype, block: tuple[int, int]) -> str | None:
     return None
 
 
-@torch.library.custom_op(add_op_namespace_prefix("bsr_linear"), mutates_args=())
-def _bsr_linear_op(
+def _forward(
+    x: torch.Tensor,
+    values: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    w: BlockSparse,
+    activation: str,
+    impl: str,
+    tile: Sequence[int] | None,
+) -> torch.Tensor:
+    """Compute the product; of ``w`` only shape and index are read."""
+    n, k = w.shape
+    x2 = x if x.dim() == 2 else x.reshape(-1, k)
+    residual2 = residual
+    if residual is not None and residual.dim() != 2:
+        residual2 = residual.reshape(-1, n)
+    values = values.contiguous()
+    if impl == "triton":
+        chosen = BsrTile.unpack(tile) if tile else _tile("fwd", w, x2)
+        out = bsr_linear_fwd(
+            x2, values, w.crow, w.col, w.row_order, bias, residual2, n, activation, chosen
+        )
+    else:
+        with _no_autocast(x.device):
+            out = bsr_linear_torch(x2, values, w.index, bias, residual2, n, activation)
+    # no view: autograd allows no writing to a function's views
+    return out if x.dim() == 2 else torch.ops.aten._unsafe_view(out, (*x.shape[:-1], n))
+
+
+def _backward(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    values: torch.Tensor,
+    w: BlockSparse,
+    impl: str,
+    needs: Sequence[bool],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of ``x``, the values and the bias; empty ones where nobody needs them."""
+    n, k = w.shape
+    dy2, x2, values = dy.reshape(-1, n), x.reshape(-1, k), values.contiguous()
+    need_dx, need_dvalues, need_dbias = needs
+    dx = dvalues = None
+    if impl == "triton":
+        if need_dx:
+            dx = bsr_linear_dx(dy2, values, w.ccol, w.row, w.perm, k, _tile("dx", w, dy2))
+        if need_dvalues:
+            tile = _tile("dvalues", w, dy2, x2)
+            dvalues = bsr_linear_dvalues(dy2, x2, values, w.row, w.col, w.perm, tile)
+    elif need_dx or need_dvalues:
+        with _no_autocast(x.device):
+            dx, dvalues = bsr_linear_bwd_torch(dy2, x2, values, w.index, need_dx, need_dvalues)
+    return (
+        dy.new_empty(0) if dx is None else torch.ops.aten._unsafe_view(dx, x.shape),
+        values.new_empty(0) if dvalues is None else dvalues,
+        dy2.sum(0) if need_dbias else dy.new_empty(0),
+    )
+
+
+def _tile(which: str, w: BlockSparse, *rows: torch.Tensor) -> BsrTile:
+    """The tile of a pass that multiplies ``rows``, one or two matrices of as many rows."""
+    like = rows[0]
+    return tile_for_bsr_linear(
+        which, len(like), *w.shape, w.block, w.nnz, like.dtype, all(map(is_aligned, rows)),
+        is_native(like.device),
+    )  # fmt: skip
+
+
+def _no_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """The entry has cast already; inside, autocast would round the sums."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+class _BsrLinear(torch.autograd.Function):
+    """The function behind the op, where nobody looks at ops."""
+
+    @staticmethod
+    def forward(ctx, x, values, bias, residual, w, static):
+        ctx.save_for_backward(x, values)
+        ctx.w, ctx.impl = w, static[1]
+        return _forward(x, values, bias, residual, w, *static)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, values = ctx.saved_tensors
+        grads_of = _grads_with_graph if torch.is_grad_enabled() else _grads
+        return (*grads_of(dy, x, values, ctx.w, ctx.impl, ctx.needs_input_grad[:4]), None, None)
+
+
+class _BsrLinearOp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, values, bias, residual, index, static):
+        with torch._C._AutoDispatchBelowAutograd():
+            out = _bsr_linear_op(x, values, *index, bias, residual, *static)
+        ctx.save_for_backward(x, values, *index)
+        ctx.n, _, ctx.impl, _ = static
+        return out
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, values, *index = ctx.saved_tensors
+        w = _container(values, index, (ctx.n, x.shape[-1]))
+        grads_of = _grads_with_graph if torch.is_grad_enabled() else _grads
+        return (*grads_of(dy, x, values, w, ctx.impl, ctx.needs_input_grad[:4]), None, None)
+
+
+def _container(values: torch.Tensor, index: Sequence[torch.Tensor], shape) -> BlockSparse:
+    crow, col, ccol, row, perm, row_order = index
+    return BlockSparse._from_validated(values, crow, col, shape, ccol, row, perm, row_order)
+
+
+def _grads(dy, x, values, w: BlockSparse, impl: str, needs):
+    need_dx, need_dvalues, need_dbias, need_dresidual = needs
+    wanted = (need_dx, need_dvalues, need_dbias)
+    if is_watched(dy, x, values):
+        index = (w.crow, w.col, w.ccol, w.row, w.perm, w.row_order)
+        grads = _bsr_linear_bwd_op(dy, x, values, *index, w.shape[0], impl, wanted)
+    else:
+        grads = _backward(dy, x, values, w, impl, wanted)
+    dx, dvalues, dbias = (g if need else None for g, need in zip(grads, wanted, strict=True))
+    return dx, dvalues, dbias, dy if need_dresidual else None
+
+
+def _grads_with_graph(dy, x, values, w: BlockSparse, impl: str, needs):
+    """The same on the dense weight, which can be differentiated again."""
+    need_dx, need_dvalues, need_dbias, need_dresidual = needs
+    index = (w.crow, w.col, w.ccol, w.row, w.perm, w.row_order)
+    weight = _container(values, index, w.shape).to_dense()
+    inputs = [t for t, need in ((x, need_dx), (values, need_dvalues)) if need]
+    grads = iter(())
+    if inputs:
+        grads = iter(torch.autograd.grad(F.linear(x, weight), inputs, dy, create_graph=True))
+    dx, dvalues = (next(grads) if need else None for need in (need_dx, need_dvalues))
+    dbias = dy.sum(tuple(range(dy.dim() - 1))) if need_dbias else None
+    return dx, dvalues, dbias, dy if need_dresidual else None
+
+
+def _bsr_linear_fwd(
     x: torch.Tensor,
     values: torch.Tensor,
     crow: torch.Tensor,
@@ -128,52 +289,69 @@ def _bsr_linear_op(
     perm: torch.Tensor,
     row_order: torch.Tensor,
     bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
     n: int,
     activation: str,
     impl: str,
     tile: Sequence[int] | None,
 ) -> torch.Tensor:
-    x2 = x.reshape(-1, x.shape[-1])
-    values = values.contiguous()
-    if impl == "triton":
-        block = (values.shape[1], values.shape[2])
-        if tile:
-            chosen = BsrTile.unpack(tile)
-        else:
-            chosen = tile_for_bsr_linear(
-                "fwd", len(x2), n, x2.shape[1], block, len(values), x2.dtype,
-                is_aligned(x2), is_native(x2.device),
-            )  # fmt: skip
-        out = bsr_linear_fwd(x2, values, crow, col, row_order, bias, None, n, activation, chosen)
-    else:
-        autocast = torch.is_autocast_enabled(x.device.type)
-        # the entry has cast already; in here autocast would round the sums
-        off = torch.autocast(x.device.type, enabled=False) if autocast else nullcontext()
-        with off:
-            out = bsr_linear_torch(x2, values, crow, col, bias, n, activation)
-    return out.view(*x.shape[:-1], n)
+    w = _container(values, (crow, col, ccol, row, perm, row_order), (n, x.shape[-1]))
+    return _forward(x, values, bias, residual, w, activation, impl, tile)
 
 
-@_bsr_linear_op.register_fake
-def _(x, values, crow, col, ccol, row, perm, row_order, bias, n, activation, impl, tile):
+def _bsr_linear_fake(
+    x, values, crow, col, ccol, row, perm, row_order, bias, residual, n, activation, impl, tile
+):  # fmt: skip
     return x.new_empty(*x.shape[:-1], n)
 
 
-def _backward(ctx, dout):
-    raise NotImplementedError(
-        "bsr_linear has no backward yet: call it under torch.no_grad(), or with x, values and bias "
-        "that do not require grad"
+def _bsr_linear_autograd(x, values, *rest):
+    *index, bias, residual, n, activation, impl, tile = rest
+    return _BsrLinearOp.apply(
+        x, values, bias, residual, tuple(index), (n, activation, impl, tile)
+    )  # fmt: skip
+
+
+def _bsr_linear_bwd(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    values: torch.Tensor,
+    crow: torch.Tensor,
+    col: torch.Tensor,
+    ccol: torch.Tensor,
+    row: torch.Tensor,
+    perm: torch.Tensor,
+    row_order: torch.Tensor,
+    n: int,
+    impl: str,
+    needs: Sequence[bool],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    w = _container(values, (crow, col, ccol, row, perm, row_order), (n, x.shape[-1]))
+    return _backward(dy, x, values, w, impl, needs)
+
+
+def _bsr_linear_bwd_fake(
+    dy, x, values, crow, col, ccol, row, perm, row_order, n, impl, needs
+):  # fmt: skip
+    shapes = (x.shape, values.shape, (n,))
+    return tuple(
+        like.new_empty(shape if need else (0,))
+        for like, shape, need in zip((dy, values, dy), shapes, needs, strict=True)
     )
 
 
-_bsr_linear_op.register_autograd(_backward)
+_bsr_linear_op = register_op("bsr_linear", _bsr_linear_fwd, _bsr_linear_fake, _bsr_linear_autograd)
+_bsr_linear_bwd_op = register_op("bsr_linear_bwd", _bsr_linear_bwd, _bsr_linear_bwd_fake)
 
 
-@register_flop_formula(ops.bsr_linear)
+@register_flop_formula(_bsr_linear_op.overloadpacket)
 def _bsr_linear_flops(x_shape, values_shape, *args, out_shape=None, **kwargs) -> int:
     """Two per stored weight and row of ``x``."""
-    nnz, bn, bk = values_shape
-    rows = 1
-    for size in x_shape[:-1]:
-        rows *= size
-    return 2 * rows * nnz * bn * bk
+    return 2 * math.prod(x_shape[:-1]) * math.prod(values_shape)
+
+
+@register_flop_formula(_bsr_linear_bwd_op.overloadpacket)
+def _bsr_linear_bwd_flops(dy_shape, x_shape, values_shape, *args, out_shape=None, **kwargs) -> int:
+    """As forward, once for ``dx`` and once for ``dvalues``."""
+    need_dx, need_dvalues, _ = args[-1]
+    return 2 * (need_dx + need_dvalues) * math.prod(x_shape[:-1]) * math.prod(values_shape)

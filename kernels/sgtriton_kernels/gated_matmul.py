@@ -23,7 +23,7 @@ weight and the gates once in forward, once for dx and once for dg, dW and dg wri
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ from torch.utils.flop_counter import register_flop_formula
 from . import gated_torch
 from ._autocast import cast_like_autocast
 from ._impl import resolve_impl
-from ._ops import add_op_namespace_prefix, is_watched, ops
+from ._ops import is_watched, register_op
 from ._triton import is_native
 from .blocks import Block, GateLayout, expand_gates, gate_layout
 from .gate import check_gates, gate_weight, gate_weight_bwd, gate_weight_fwd
@@ -251,11 +251,6 @@ def _check(x, w, bias, kind: str, reopen: bool) -> None:
         raise ValueError(f"reopen=False is for threshold gates, got kind {kind!r}")
 
 
-# Registered with the parts that `torch.library.custom_op` is made of: its own checks and wrappers
-# cost as much as a small layer (measured: 160 of 470 us, forward and backward).
-_library = torch.library.Library(ops.name, "FRAGMENT")
-
-
 def _gated_linear_fwd(
     x: torch.Tensor,
     w: torch.Tensor,
@@ -414,16 +409,10 @@ def _gated_linear_autograd(*inputs):
     return _GatedLinearOp.apply(*inputs[:5], inputs[5:])
 
 
-def _register(name: str, function: Callable, fake: Callable) -> torch._ops.OpOverload:
-    _library.define(name + torch.library.infer_schema(function, mutates_args=()))
-    _library.impl(name, function, "CompositeExplicitAutograd")
-    torch.library.register_fake(add_op_namespace_prefix(name), fake, lib=_library)
-    return getattr(ops, name).default
-
-
-_gated_linear_op = _register("gated_linear", _gated_linear_fwd, _gated_linear_fake)
-_gated_linear_bwd_op = _register("gated_linear_bwd", _gated_linear_bwd, _gated_linear_bwd_fake)
-_library.impl("gated_linear", _gated_linear_autograd, "Autograd")
+_gated_linear_op = register_op(
+    "gated_linear", _gated_linear_fwd, _gated_linear_fake, _gated_linear_autograd
+)
+_gated_linear_bwd_op = register_op("gated_linear_bwd", _gated_linear_bwd, _gated_linear_bwd_fake)
 
 
 @register_flop_formula(_gated_linear_op.overloadpacket)
