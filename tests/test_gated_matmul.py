@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from helpers import DTYPES, assert_exact, assert_within_twice, integers, layouts
 from sgtriton_kernels import (
+    block_products,
     gate_layout,
     gate_weight,
     gated_linear,
@@ -474,8 +475,9 @@ def test_gated_linear_passes_gradcheck(method):
 @pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
 def test_skipping_in_bands_and_parts_gives_the_same(monkeypatch, shape, block, reopen, share):
     """More rows than a band has, more blocks than are gathered at a time; the sums are exact."""
-    monkeypatch.setattr(skip_torch, "_BAND", 3)
-    monkeypatch.setattr(skip_torch, "_GATHERED", 2 * 3 * max(block))  # two blocks
+    monkeypatch.setattr(block_products, "_BAND", 3)
+    monkeypatch.setattr(block_products, "_BATCH", 2 * 3 * sum(block))  # two blocks
+    monkeypatch.setattr(block_products, "_GATHERED", 2 * 3 * max(block))
     monkeypatch.setattr(skip_torch, "_CHUNK", shape[2] * block[0])  # a block row of dW
     layout, inputs, dy = make(shape, block, torch.float32, "cpu")
     x, w, gate, bias = inputs
