@@ -24,19 +24,21 @@ from torch import nn
 from .container import read_file, write_file
 from .layers import GatedModule
 from .patching import Model, leave_fast_paths
-from .serving import plan_forms, stored_part
+from .serving import Plan, plan_forms, stored_part
 from .sparse_layers import (
     BUCKETS,
     FORMS,
+    NO_GATES,
     SparseModule,
     dense_type_of,
     densify_layer,
+    possible_forms,
     sparsify_layer,
     stored_like,
     weight_shape_of,
 )
 from .state import check_states_of
-from .stored import StoredWeight
+from .stored import StoredWeight, served_block
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +50,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     old or the new. The model is unchanged.
 
     Args:
-        model: gated model (a gate is open if it is above 0.5) or sparse model.
+        model: gated model (a gate is open if it is above 0.5) or sparse model; of a trainable one
+            the file says nothing of that.
         path: file to write.
 
     Raises:
@@ -101,24 +104,29 @@ def load(model: Model, path: str | os.PathLike[str]) -> Model:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     modules = dict(model.named_modules())
-    plans: dict[str, tuple[dict[str, str], str]] = {}
+    plans: dict[str, Plan] = {}
+    serve: dict[str, tuple[int, int] | None] = {}
     for name, part in stored.items():  # all that can fail comes before the first layer changes
         layer, entry = modules[name], description["layers"][name]
         like = layer.values if isinstance(layer, SparseModule) else layer.weight
         stored[name] = part = stored_like(part, like.detach())  # pyright: ignore
+        serve[name] = served_block(part.layout, entry.get("serve_block"))
         recorded = forms[name]
         if recorded is None or entry["device"] != like.device.type:
-            plans[name] = plan_forms(part, layer.bias)  # pyright: ignore
+            plans[name] = plan_forms(
+                layer, part, serve_block=serve[name], dense_copy=entry["dense_copy"]
+            )
         else:
-            plans[name] = recorded, entry["reason"]
+            speedups = entry.get("expected", {}), entry.get("measured", {})
+            plans[name] = Plan(recorded, entry["reason"], *speedups)
     for name, layer in _our_layers(model).items():
         if name not in stored:
             densify_layer(layer)
     for name, part in stored.items():
         entry = description["layers"][name]
         block = (entry["gate_block"][0], entry["gate_block"][1])
-        sparse = sparsify_layer(modules[name], part, block, entry["gate_kind"])
-        sparse.set_forms(*plans[name], entry["dense_copy"])
+        sparse = sparsify_layer(modules[name], part, block, entry["gate_kind"], serve[name])
+        plans[name].apply_to(sparse, entry["dense_copy"])
         log.info("%s: density %.4f, %s", name, part.density, sparse.form)
     # everything was checked, so that nothing is missing but what the sparse layers hold already
     model.load_state_dict(others, strict=False)
@@ -155,7 +163,7 @@ def _describe(layer: nn.Module) -> dict[str, Any]:
     assert dense_type is not None
     sparse = isinstance(layer, SparseModule)
     device = (layer.values if sparse else layer.weight).device  # pyright: ignore
-    return {
+    described = {
         "type": dense_type.__name__,
         "shape": list(weight_shape_of(layer)),
         "groups": getattr(layer, "groups", 1),
@@ -166,6 +174,10 @@ def _describe(layer: nn.Module) -> dict[str, Any]:
         "dense_copy": layer._dense_copy if sparse else True,
         "device": device.type,  # pyright: ignore
     }
+    if sparse:  # the fields that a file may lack, where they say something
+        optional = ("serve_block", "expected", "measured")
+        described |= {field: value for field in optional if (value := getattr(layer, field))}
+    return described
 
 
 def _other_state(model: nn.Module, layers: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
@@ -209,6 +221,11 @@ def _check_layers(
                 f"{shown}: the file's weight has shape {shape} in {groups} groups, the model's "
                 f"{weight_shape_of(layer)} in {getattr(layer, 'groups', 1)}"
             )
+        if isinstance(layer, GatedModule) and entry["gate_kind"] == NO_GATES:
+            raise ValueError(
+                f"{shown}: the file's layer was pruned without gates, the model's is gated; load "
+                "it into a model without gates"
+            )
         if isinstance(layer, GatedModule) and layer.gate_kind != entry["gate_kind"]:
             raise ValueError(
                 f"{shown}: the file was written from gates of kind {entry['gate_kind']!r}, the "
@@ -221,12 +238,15 @@ def _check_layers(
                 key: tensors.pop(_join(name, key)) for key in names if _join(name, key) in tensors
             }
             stored[name] = StoredWeight.from_tensors(held, layout)
+            serve = served_block(layout, entry.get("serve_block"))
         except ValueError as error:
             raise ValueError(f"{shown}: {error}") from None
         forms[name] = recorded = entry["forms"]
-        blocks = stored[name].matrix is not None and entry["type"] == "Linear"
-        if recorded and not blocks and set(recorded.values()) != {"dense"}:
-            raise ValueError(f"{shown}: form 'sparse' is for Linear layers stored in blocks")
+        possible = possible_forms(dense_type, layout, serve)
+        if recorded and (wrong := set(recorded.values()) - set(possible)):
+            raise ValueError(
+                f"{shown}: the layer has the forms {possible}, the file says {sorted(wrong)[0]!r}"
+            )
     return stored, forms
 
 
@@ -243,23 +263,38 @@ def _check_entry(shown: str, entry: Any) -> None:
             and all(form in FORMS for form in value.values())
         )
 
+    def is_block(value: Any) -> bool:
+        return (
+            isinstance(value, list)
+            and len(value) == 2
+            and all(side is None or is_size(side) for side in value)
+        )
+
+    def is_speedups(value: Any) -> bool:
+        return isinstance(value, dict) and all(
+            bucket in BUCKETS
+            and isinstance(speedup, (int, float))
+            and not isinstance(speedup, bool)
+            and 0 < speedup < math.inf
+            for bucket, speedup in value.items()
+        )
+
     rules: dict[str, Any] = {
         "type": lambda v: isinstance(v, str),
         "shape": lambda v: isinstance(v, list) and 2 <= len(v) <= 5 and all(map(is_size, v)),
         "groups": is_size,
-        "gate_block": lambda v: (
-            isinstance(v, list) and len(v) == 2 and all(s is None or is_size(s) for s in v)
-        ),
-        "gate_kind": lambda v: v in GATE_KINDS,
+        "gate_block": is_block,
+        "gate_kind": lambda v: v in (*GATE_KINDS, NO_GATES),
         "forms": is_forms,
         "reason": lambda v: isinstance(v, str) and len(v) <= 500,
         "dense_copy": lambda v: isinstance(v, bool),
         "device": lambda v: isinstance(v, str),
     }
-    if not isinstance(entry, dict) or set(entry) != set(rules):
+    optional = {"serve_block": is_block, "expected": is_speedups, "measured": is_speedups}
+    if not isinstance(entry, dict) or not set(rules) <= set(entry) <= {*rules, *optional}:
         raise ValueError(f"{shown}: damaged: its description must have fields {sorted(rules)}")
-    for field, rule in rules.items():
-        if not rule(entry[field]):
+    for field, rule in (rules | optional).items():
+        if field in entry and not rule(entry[field]):
             raise ValueError(f"{shown}: damaged: {field} cannot be {reprlib.repr(entry[field])}")
     if math.prod(entry["shape"]) >= 2**48:
         raise ValueError(f"{shown}: damaged: shape {entry['shape']} is too large")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import textwrap
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from sgtriton_kernels.blocks import Block
@@ -13,7 +14,8 @@ from torch.nn.parameter import UninitializedParameter
 
 from .layers import GatedModule, check_numbers
 from .patching import Skipped, find_layers
-from .sparse_layers import SparseModule
+from .pruned import shown, why_left_dense
+from .sparse_layers import NO_GATES, SparseModule
 from .stored import StoredWeight
 from .tables import format_table
 
@@ -27,14 +29,20 @@ class LayerSummary:
         kind: class name of the layer.
         shape: of its dense weight.
         block: ``(bn, bk)`` that one gate covers; ``None`` is the whole dimension.
-        gate_kind: ``"threshold"`` | ``"bernoulli"`` | ``"hard_concrete"``.
+        gate_kind: ``"threshold"`` | ``"bernoulli"`` | ``"hard_concrete"``, or ``"none"`` of a layer
+            that was pruned elsewhere.
         sparsity: share of the weights that is closed.
         open_blocks, blocks: gates that are open, and all.
-        form: how it computes: ``"gated"``, ``"sparse"``, ``"dense"``, or which of them when.
+        form: how it computes: ``"gated"``, ``"dense"``, ``"sparse"``, ``"merged"``,
+            ``"compacted"``, or which of them when.
         reason: why.
         bytes: of what a file stores of the weight.
         bytes_dense: of the dense weight.
-        bytes_copy: of the dense copy that a sparse layer keeps beside.
+        bytes_copy: of what a sparse layer keeps beside for forms other than ``"sparse"``.
+        serve_block: block of the merged form, ``None`` if there is none.
+        served_sparsity: share of the weights that blocks of that size leave out.
+        expected, measured: rows of x (``"1"``, ``"2-8"``, ...) -> speed-up over dense of the
+            fastest other form, by the cost model and on this machine.
     """
 
     name: str
@@ -50,6 +58,10 @@ class LayerSummary:
     bytes: int
     bytes_dense: int
     bytes_copy: int
+    serve_block: tuple[int, int] | None = None
+    served_sparsity: float | None = None
+    expected: Mapping[str, float] = field(default_factory=dict)
+    measured: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -76,7 +88,7 @@ class Summary:
                 layer.name,
                 layer.kind,
                 "x".join(map(str, layer.shape)),
-                "x".join("full" if side is None else str(side) for side in layer.block),
+                shown(layer.block),
                 f"{layer.sparsity:.2%}",
                 f"{layer.open_blocks:,} of {layer.blocks:,}",
                 "mixed" if " at M " in layer.form else layer.form,  # in full below the table
@@ -91,17 +103,19 @@ class Summary:
         )  # fmt: skip
         lines = [format_table(headers, rows, align="llllrrlrr")] if rows else ["no gated layer"]
         if rows:
-            closed = f"{self.sparsity:.2%} of the gated weights are closed"
+            gated = {layer.gate_kind != NO_GATES for layer in self.layers}
+            what = "gated and pruned" if len(gated) > 1 else "gated" if True in gated else "pruned"
+            closed = f"{self.sparsity:.2%} of the {what} weights are closed"
             lines.append(
                 f"\n{closed}, {self.sparsity_of_all:.2%} of all {self.parameters:,} parameters"
             )
         said: dict[str, list[str]] = {}
         for layer in self.layers:
-            said.setdefault(f"{_dead(layer)}{layer.form}: {layer.reason}", []).append(layer.name)
+            said.setdefault(_in_words(layer), []).append(layer.name)
         lines += [_wrap(f"{', '.join(names)}: {text}") for text, names in said.items()]
         copies = sum(layer.bytes_copy for layer in self.layers)
         if copies:
-            lines.append(f"dense copies kept for the dense form: {_size(copies)}")
+            lines.append(f"copies kept for forms other than sparse: {_size(copies)}")
         lines += [_wrap(f"not gated: {skip.name}: {skip.reason}") for skip in self.skipped]
         return "\n".join(lines)
 
@@ -128,16 +142,23 @@ def summary(model: nn.Module) -> Summary:
             reason = "gates alone save neither time nor memory; sparsify() does"
             layers.append(_layer(name, module, stored, form, reason, 0))
         elif isinstance(module, SparseModule):
-            copy = 0 if module.dense_weight is None else module.dense_weight.nbytes
-            layers.append(_layer(name, module, module.stored, module.form, module.reason, copy))
+            stored, copy = module.stored, module.bytes_beside
+            layers.append(_layer(name, module, stored, module.form, module.reason, copy))
     targets, skipped = find_layers(model)
+    modules = dict(model.named_modules())
     untouched = [Skipped(name, "patch() was not asked to", 0) for name in targets]
+    others = tuple(
+        replace(skip, reason=why_left_dense(modules[skip.name]) or skip.reason)
+        if skip.name in modules
+        else skip
+        for skip in (*skipped, *untouched)
+    )
     weights = sum(math.prod(layer.shape) for layer in layers)
     closed = sum(layer.sparsity * math.prod(layer.shape) for layer in layers)
     parameters = weights + _others(model)
     return Summary(
         tuple(layers),
-        (*skipped, *untouched),
+        others,
         closed / weights if weights else 0.0,
         parameters,
         closed / parameters if parameters else 0.0,
@@ -152,6 +173,9 @@ def _layer(
     reason: str,
     copy: int,
 ) -> LayerSummary:
+    serve, speedups = None, ()
+    if isinstance(module, SparseModule):
+        serve, speedups = module.serve_block, (module.expected, module.measured)
     is_open = stored.open_gates
     values = stored.tensors()["values"]
     shape = stored.layout.weight_shape
@@ -169,6 +193,9 @@ def _layer(
         stored.nbytes,
         math.prod(shape) * values.element_size(),
         copy,
+        serve,
+        None if serve is None else 1 - stored.merged(serve).density,
+        *speedups,
     )
 
 
@@ -177,8 +204,9 @@ def _others(model: nn.Module) -> int:
     own = {
         id(parameter)
         for module in model.modules()
-        if isinstance(module, GatedModule)
-        for parameter in (module.weight, module.gate)
+        if isinstance(module, (GatedModule, SparseModule))
+        for name in ("weight", "gate", "values")
+        if (parameter := module._parameters.get(name)) is not None
     }
     return sum(
         parameter.numel()
@@ -191,8 +219,19 @@ def _wrap(line: str) -> str:
     return textwrap.fill(line, 100, subsequent_indent="  ", break_long_words=False)
 
 
-def _dead(layer: LayerSummary) -> str:
-    return "" if layer.open_blocks or not layer.blocks else "fully pruned, "
+def _in_words(layer: LayerSummary) -> str:
+    """In which form a layer computes and why, with what the table has no column for."""
+    text = "" if layer.open_blocks or not layer.blocks else "fully pruned, "
+    text += "pruned elsewhere, " if layer.gate_kind == NO_GATES else ""
+    text += f"{layer.form}: {layer.reason}"
+    if layer.expected:
+        speedups = ", ".join(f"{speedup:.2g}x" for speedup in layer.expected.values())
+        text += f" (expected {speedups})"
+    if layer.serve_block is not None and "merged" in layer.form:
+        text += (
+            f"; merged blocks of {shown(layer.serve_block)} leave out {layer.served_sparsity:.2%}"
+        )
+    return text
 
 
 def _size(count: int) -> str:

@@ -1,11 +1,13 @@
 """Served layers: they hold only the open blocks of their weight, and compute in the faster form.
 
-A sparse layer *is* the gated layer it was made from: same module object, bias and hooks; its class
-is exchanged, and buffers take the place of ``weight`` and ``gate``.
+A sparse layer *is* the layer it was made from: same module object, bias and hooks; its class is
+exchanged, and buffers take the place of ``weight`` and ``gate``. Of a trainable one the stored
+values are a Parameter, and everything is computed from them anew at each call.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from sgtriton_kernels import BlockSparse, GateLayout, bsr_linear, gate_layout
 from sgtriton_kernels.blocks import Block
 from torch import nn
 
+from .compact import compact, spread
 from .layers import GATED_TYPES, GatedModule, ungate_layer
 from .stored import StoredWeight
 
@@ -21,22 +24,29 @@ BUCKETS: dict[str, float] = {
     "1": 1, "2-8": 8, "9-32": 32, "33-128": 128, ">128": float("inf"),
 }  # fmt: skip
 
-FORMS = ("sparse", "dense")
+# the weight with zeros filled in; the product over stored blocks; over blocks merged into larger
+# ones; the dense product without dead rows and columns
+FORMS = ("dense", "sparse", "merged", "compacted")
+
+NO_GATES = "none"  # gate kind of a layer that was pruned elsewhere
 
 
 class SparseModule(nn.Module):
     """What sparse layers share: the stored weight, its state, and the forms.
 
-    Buffers in the state dict: ``values, crow, col`` of the open blocks, or ``values, bits`` where
-    each weight had its gate; the transposed index and the dense copy are rebuilt.
+    In the state dict: ``values, crow, col`` of the open blocks, or ``values, bits`` where each
+    weight had its gate; the transposed index and what a form keeps beside are rebuilt.
 
     Attributes:
         weight_shape: of the dense weight.
         gate_block: ``(bn, bk)`` that one gate covered.
-        gate_kind: of the gates that chose the pattern.
-        forms: bucket of M -> ``"sparse"`` (product over stored blocks) | ``"dense"`` (the weight,
-            zeros filled in).
+        gate_kind: of the gates that chose the pattern; ``"none"`` if it was pruned elsewhere.
+        serve_block: block of the merged form; ``None`` if there is none.
+        forms: bucket of M -> one of ``FORMS``.
         reason: why these forms, in words.
+        expected, measured: bucket of M -> speed-up over the dense form of the fastest other one, by
+            the cost model and on this machine; empty where none was asked for.
+        trainable: whether ``values`` is a Parameter.
         dense_weight: dense copy, if a form needs it and it was not forbidden.
     """
 
@@ -45,8 +55,12 @@ class SparseModule(nn.Module):
     weight_shape: tuple[int, ...]
     gate_block: Block
     gate_kind: str
+    serve_block: tuple[int, int] | None = None
     forms: dict[str, str]
     reason: str
+    expected: dict[str, float]
+    measured: dict[str, float]
+    trainable: bool = False
     dense_weight: torch.Tensor | None
 
     dense_type: type[nn.Module]
@@ -55,7 +69,7 @@ class SparseModule(nn.Module):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         raise ValueError(
             f"{type(self).__name__} is not made by hand: sgtriton.sparsify makes it of a gated "
-            "layer, sgtriton.load of a file"
+            "or pruned layer, sgtriton.load of a file"
         )
 
     @property
@@ -66,13 +80,31 @@ class SparseModule(nn.Module):
     @property
     def matrix(self) -> BlockSparse:
         """The open blocks; only for layers that are stored in blocks."""
-        return BlockSparse._from_validated(
-            self.values,
-            self.crow,  # pyright: ignore[reportArgumentType]
-            self.col,  # pyright: ignore[reportArgumentType]
-            self._matrix_shape,
-            *(self._buffers[name] for name in _DERIVED),  # pyright: ignore[reportArgumentType]
-        )
+        return self._matrix_of("sparse")
+
+    def _matrix_of(self, form: str) -> BlockSparse:
+        """What the forms ``"sparse"`` and ``"merged"`` multiply with."""
+        if torch.compiler.is_compiling():
+            return self._wrap(form)
+        matrix = self._matrices.get(form)
+        # whoever exchanged the values (functional_call, a load that assigns) did not say so
+        if matrix is None or matrix.values is not self._held(_PREFIX[form] + "values"):
+            matrix = self._matrices[form] = self._wrap(form)
+        return matrix
+
+    def _wrap(self, form: str) -> BlockSparse:
+        prefix = _PREFIX[form]
+        values, crow, col, *derived = (self._held(prefix + name) for name in _MATRIX)
+        return BlockSparse._from_validated(values, crow, col, self._shapes[form], *derived)
+
+    def _held(self, name: str) -> torch.Tensor:
+        """A buffer, or the Parameter of a trainable layer; faster than an attribute."""
+        tensor = self._parameters.get(name) if self.trainable else None
+        return self._buffers[name] if tensor is None else tensor  # pyright: ignore
+
+    def _compacted(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        held = self._buffers
+        return held["compact_weight"], held["compact_cols"], held["compact_rows"]  # pyright: ignore
 
     @property
     def stored(self) -> StoredWeight:
@@ -103,33 +135,61 @@ class SparseModule(nn.Module):
         raise NotImplementedError
 
     def store(self, stored: StoredWeight) -> None:
-        """Hold ``stored``, in place of what was held before."""
+        """Hold ``stored``, in place of what was held before; :meth:`prepare` has to follow."""
         self.weight_shape = stored.layout.weight_shape
+        parameter = self._parameters.pop("values", None)
         _remove_buffers(self)
         matrix = stored.matrix
+        self._matrices: dict[str, BlockSparse] = {}
+        self._shapes = {} if matrix is None else {"sparse": matrix.shape}
+        values = stored.kept if matrix is None else matrix.values
+        assert values is not None
+        if self.trainable:
+            # an optimizer may hold the Parameter, so that it stays the same object
+            parameter = nn.Parameter(values) if parameter is None else parameter
+            if parameter.shape != values.shape:
+                parameter.grad = None
+            parameter.data = values
+            self.register_parameter("values", parameter)
+        else:
+            self.register_buffer("values", values)
         if matrix is None:
-            self.register_buffer("values", stored.kept)
             self.register_buffer("bits", stored.bits)
         else:
-            self._matrix_shape = matrix.shape
-            for name in ("values", "crow", "col"):
+            for name in ("crow", "col"):
                 self.register_buffer(name, getattr(matrix, name))
             for name in _DERIVED:
                 self.register_buffer(name, getattr(matrix, name), persistent=False)
         self.register_buffer("dense_weight", None, persistent=False)
 
-    def set_forms(self, forms: dict[str, str], reason: str, dense_copy: bool) -> None:
+    @property
+    def possible_forms(self) -> tuple[str, ...]:
+        """The forms that this layer has."""
+        return possible_forms(self.dense_type, self.layout, self.serve_block, self.trainable)
+
+    def set_forms(
+        self,
+        forms: dict[str, str],
+        reason: str,
+        dense_copy: bool,
+        expected: dict[str, float] | None = None,
+        measured: dict[str, float] | None = None,
+    ) -> None:
         """Compute in these forms from now on.
 
         Raises:
             ValueError: a bucket is missing, or a form that the layer does not have.
         """
-        allowed = FORMS if self.can_multiply_blocks and "crow" in self._buffers else ("dense",)
+        allowed = self.possible_forms
         if set(forms) != set(BUCKETS) or not set(forms.values()) <= set(allowed):
             raise ValueError(
                 f"forms must give one of {allowed} for each of {list(BUCKETS)}, got {forms}"
             )
-        self.forms, self.reason, self._dense_copy = dict(forms), reason, dense_copy
+        self.forms = {bucket: forms[bucket] for bucket in BUCKETS}  # in their order
+        self.reason, self._dense_copy = reason, dense_copy
+        expected, measured = expected or {}, measured or {}
+        self.expected = {bucket: expected[bucket] for bucket in BUCKETS if bucket in expected}
+        self.measured = {bucket: measured[bucket] for bucket in BUCKETS if bucket in measured}
         # a look-up must cost little beside a small product: none, or where the form changes only
         self._one_form = next(iter(forms.values())) if len(set(forms.values())) == 1 else None
         steps = list(zip(BUCKETS.values(), (forms[bucket] for bucket in BUCKETS), strict=True))
@@ -138,13 +198,33 @@ class SparseModule(nn.Module):
             for step, after in zip(steps, [*steps[1:], (None, None)], strict=True)
             if step[1] != after[1]
         ]
-        self._copy_dense()
+        self.prepare()
 
-    def _copy_dense(self) -> None:
-        wanted = self._dense_copy and "dense" in self.forms.values()
-        self.dense_weight = None
-        if wanted:
+    @torch.no_grad()
+    def prepare(self) -> None:
+        """Build what the forms keep beside the stored weight."""
+        for name in (*_MERGED, *_COMPACT):
+            self._buffers.pop(name, None)
+        self._matrices.pop("merged", None)
+        forms, self.dense_weight = set(self.forms.values()), None
+        if "dense" in forms and self._dense_copy and not self.trainable:
             self.dense_weight = self.stored.to_dense()
+        if "merged" in forms:
+            assert self.serve_block is not None
+            matrix = self.stored.merged(self.serve_block).matrix
+            assert matrix is not None
+            self._shapes["merged"] = matrix.shape
+            for name, own in zip(_MATRIX, _MERGED, strict=True):
+                self.register_buffer(own, getattr(matrix, name), persistent=False)
+        if "compacted" in forms:
+            for name, part in zip(_COMPACT, compact(self.stored.to_dense()), strict=True):
+                self.register_buffer(name, part, persistent=False)
+
+    @property
+    def bytes_beside(self) -> int:
+        """Bytes of weights that forms keep beside the stored one."""
+        names = ("dense_weight", "merged_values", "compact_weight")
+        return sum(t.nbytes for name in names if (t := self._buffers.get(name)) is not None)
 
     def form_of(self, rows: int) -> str:
         """The form for ``rows`` rows of x in all."""
@@ -155,12 +235,16 @@ class SparseModule(nn.Module):
 
     @property
     def form(self) -> str:
-        """The forms in words: one, or which buckets of M are sparse."""
-        kinds = set(self.forms.values())
+        """The forms in words: one, or which buckets of M have which."""
+        kinds = dict.fromkeys(self.forms.values())
         if len(kinds) == 1:
-            return kinds.pop()
-        sparse = ", ".join(bucket for bucket, form in self.forms.items() if form == "sparse")
-        return f"sparse at M {sparse}; else dense"
+            return next(iter(kinds))
+        parts = [
+            f"{kind} at M {', '.join(b for b, form in self.forms.items() if form == kind)}"
+            for kind in kinds
+            if kind != "dense"
+        ]
+        return "; ".join([*parts, "else dense"] if "dense" in kinds else parts)
 
     def check_state(
         self, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any]
@@ -185,18 +269,17 @@ class SparseModule(nn.Module):
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination.update(
-            {f"{prefix}{name}": tensor for name, tensor in self.stored.tensors().items()}
-        )
+        for name, tensor in self.stored.tensors().items():
+            destination[prefix + name] = tensor if keep_vars else tensor.detach()
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         stored = self._read_state(state_dict, prefix)
         if stored is not None:
             self.store(stored_like(stored, self.values))
-            for name, buffer in self._buffers.items():  # what PyTorch copies next is what is held
-                if name not in self._non_persistent_buffers_set and buffer is not None:
-                    state_dict[prefix + name] = buffer
-            self._copy_dense()
+            for name in _STATE:  # what PyTorch copies next is what is held
+                if name in self._buffers or name in self._parameters:
+                    state_dict[prefix + name] = self._held(name)
+            self.prepare()
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn, recurse=True):
@@ -208,18 +291,24 @@ class SparseModule(nn.Module):
             nothing = torch.zeros(self.layout.gate_shape, dtype=torch.bool)
             empty = StoredWeight.from_gated(weight, nothing, self.layout)
             self.store(stored_like(empty, self.values))
-            self._copy_dense()
+            self.prepare()
+        self._matrices.clear()
         return self
+
+    def __getstate__(self):
+        return {name: value for name, value in vars(self).items() if name != "_matrices"}
 
     def __setstate__(self, state):
         super().__setstate__(state)
         # a pickle is a door like any other: the index is checked, and what follows from it rebuilt
+        self._matrices = {}
         self.store(StoredWeight.from_tensors(self.stored.tensors(), self.layout))
-        self._copy_dense()
+        self.prepare()
 
     def extra_repr(self) -> str:
         block = "x".join("full" if side is None else str(side) for side in self.gate_block)
-        return f"{super().extra_repr()}, block={block}, form={self.form}"
+        trains = ", trainable" if self.trainable else ""
+        return f"{super().extra_repr()}, block={block}, form={self.form}{trains}"
 
 
 class BlockSparseLinear(SparseModule, nn.Linear):
@@ -229,7 +318,6 @@ class BlockSparseLinear(SparseModule, nn.Linear):
     """
 
     dense_type = nn.Linear
-    can_multiply_blocks = True
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         form = self._one_form
@@ -240,7 +328,9 @@ class BlockSparseLinear(SparseModule, nn.Linear):
             if weight is None:
                 weight = self.full_weight()
             return nn.functional.linear(input, weight, self.bias)
-        return bsr_linear(input, self.matrix, self.bias)
+        if form == "compacted":
+            return compacted_linear(input, self.bias, *self._compacted())
+        return bsr_linear(input, self._matrix_of(form), self.bias)
 
     def _empty_dense(self) -> nn.Module:
         return nn.Linear(self.in_features, self.out_features, self.bias is not None, "meta")
@@ -248,6 +338,11 @@ class BlockSparseLinear(SparseModule, nn.Linear):
 
 class _SparseConv(SparseModule):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        form = self._one_form
+        if form is None:
+            form = self.form_of(conv_rows(self, input))
+        if form == "compacted":
+            return compacted_conv(self, input, self.bias, *self._compacted())
         return self._conv_forward(input, self.full_weight(), self.bias)  # pyright: ignore
 
     def _empty_dense(self) -> nn.Module:
@@ -266,13 +361,13 @@ class _SparseConv(SparseModule):
 
 
 class BlockSparseConv1d(_SparseConv, nn.Conv1d):
-    """``torch.nn.Conv1d`` with only the open blocks of its weight stored; computed dense."""
+    """``torch.nn.Conv1d`` with only the open blocks of its weight stored."""
 
     dense_type = nn.Conv1d
 
 
 class BlockSparseConv2d(_SparseConv, nn.Conv2d):
-    """``torch.nn.Conv2d`` with only the open blocks of its weight stored; computed dense."""
+    """``torch.nn.Conv2d`` with only the open blocks of its weight stored."""
 
     dense_type = nn.Conv2d
 
@@ -282,14 +377,22 @@ SPARSE_TYPES: dict[type[nn.Module], type[SparseModule]] = {
     for sparse in (BlockSparseLinear, BlockSparseConv1d, BlockSparseConv2d)
 }
 
+_MULTIPLIES_BLOCKS: tuple[type[nn.Module], ...] = (nn.Linear,)  # has a product over stored blocks
+
 _DERIVED = ("ccol", "row", "perm", "row_order")
-_INDEX = ("crow", "col", "bits", *_DERIVED)
+_MATRIX = ("values", "crow", "col", *_DERIVED)
+_PREFIX = {"sparse": "", "merged": "merged_"}
+_MERGED = tuple(_PREFIX["merged"] + name for name in _MATRIX)
+_COMPACT = ("compact_weight", "compact_cols", "compact_rows")
+_STATE = ("values", "crow", "col", "bits")
+_INDEX = ("crow", "col", "bits", *_DERIVED, *_MERGED[1:], *_COMPACT[1:])
 
 _ATTRIBUTES = (
-    "weight_shape", "gate_block", "gate_kind",
-    "forms", "reason", "_dense_copy", "_steps", "_one_form",
+    "weight_shape", "gate_block", "gate_kind", "serve_block", "trainable",
+    "forms", "reason", "expected", "measured", "_dense_copy", "_steps", "_one_form",
+    "_matrices", "_shapes",
 )  # fmt: skip
-_OWN_BUFFERS = ("values", "crow", "col", "bits", *_DERIVED, "dense_weight")
+_OWN_BUFFERS = (*_MATRIX, "bits", *_MERGED, *_COMPACT, "dense_weight")
 
 
 def _remove_buffers(layer: SparseModule) -> None:
@@ -306,10 +409,31 @@ def _same_or_meta(old: torch.Tensor, new: torch.Tensor | None) -> bool:
     return old.device.type != "meta" and torch.equal(old.cpu(), new.cpu())
 
 
+def possible_forms(
+    dense_type: type[nn.Module],
+    layout: GateLayout,
+    serve_block: tuple[int, int] | None = None,
+    trainable: bool = False,
+) -> tuple[str, ...]:
+    """The forms of a layer of ``dense_type`` that is stored as ``layout`` says."""
+    has = {
+        "dense": True,
+        "sparse": dense_type in _MULTIPLIES_BLOCKS and not layout.per_weight,
+        "merged": serve_block is not None and dense_type in _MULTIPLIES_BLOCKS and not trainable,
+        "compacted": layout.groups == 1 and not trainable,
+    }
+    return tuple(form for form in FORMS if has[form])
+
+
 def sparsify_layer(
-    layer: nn.Module, stored: StoredWeight, gate_block: Block, gate_kind: str
+    layer: nn.Module,
+    stored: StoredWeight,
+    gate_block: Block,
+    gate_kind: str,
+    serve_block: tuple[int, int] | None = None,
+    trainable: bool = False,
 ) -> SparseModule:
-    """Turn a dense, gated or sparse layer into the sparse layer that holds ``stored``, in place."""
+    """Turn a layer into the sparse layer that holds ``stored``, in place; forms have to follow."""
     if isinstance(layer, GatedModule):
         ungate_layer(layer, fold=False)
     if not isinstance(layer, SparseModule):
@@ -317,6 +441,7 @@ def sparsify_layer(
         layer.__class__ = SPARSE_TYPES[type(layer)]  # pyright: ignore[reportAttributeAccessIssue]
     assert isinstance(layer, SparseModule)
     layer.gate_block, layer.gate_kind = gate_block, gate_kind
+    layer.serve_block, layer.trainable = serve_block, trainable
     layer.store(stored)
     return layer
 
@@ -326,15 +451,51 @@ def densify_layer(layer: nn.Module) -> None:
     if isinstance(layer, GatedModule):
         ungate_layer(layer, fold=True)
     elif isinstance(layer, SparseModule):
-        weight = layer.full_weight()
+        weight = layer.full_weight().detach()
+        layer._parameters.pop("values", None)
         _remove_buffers(layer)
         for name in _ATTRIBUTES:
-            delattr(layer, name)
-        layer.__dict__.pop("_matrix_shape", None)
+            layer.__dict__.pop(name, None)
         layer.__class__ = layer.dense_type  # pyright: ignore[reportAttributeAccessIssue]
         bias = layer._parameters.pop("bias")
         layer.register_parameter("weight", nn.Parameter(weight))
         layer.register_parameter("bias", bias)
+
+
+def compacted_linear(
+    input: torch.Tensor,
+    bias: torch.Tensor | None,
+    weight: torch.Tensor,
+    cols: torch.Tensor | None,
+    rows: torch.Tensor | None,
+) -> torch.Tensor:
+    """``torch.nn.functional.linear`` by a weight of which :func:`compact` dropped parts."""
+    if cols is not None:
+        input = input.index_select(-1, cols)
+    if rows is None:
+        return nn.functional.linear(input, weight, bias)
+    return spread(nn.functional.linear(input, weight), rows, bias, -1)
+
+
+def compacted_conv(
+    layer: nn.Module,
+    input: torch.Tensor,
+    bias: torch.Tensor | None,
+    weight: torch.Tensor,
+    cols: torch.Tensor | None,
+    rows: torch.Tensor | None,
+) -> torch.Tensor:
+    """``layer``'s convolution by a weight of which :func:`compact` dropped parts."""
+    channels = 1 - weight.dim()  # counted from the end, as the batch may be missing
+    if cols is not None:
+        input = input.index_select(channels, cols)
+    out = layer._conv_forward(input, weight, bias if rows is None else None)  # pyright: ignore
+    return out if rows is None else spread(out, rows, bias, channels)
+
+
+def conv_rows(layer: nn.Module, input: torch.Tensor) -> int:
+    """About how many output positions a convolution computes, which are its rows of x."""
+    return input.numel() // (layer.in_channels * math.prod(layer.stride))  # pyright: ignore
 
 
 def stored_like(stored: StoredWeight, like: torch.Tensor) -> StoredWeight:

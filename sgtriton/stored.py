@@ -11,15 +11,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from sgtriton_kernels import BlockSparse, GateLayout, coverage
+from sgtriton_kernels import BlockSparse, GateLayout, coverage, gate_layout
 from sgtriton_kernels.bitmap import compress, expand, unpack_bitmap
 from sgtriton_kernels.blocks import (
+    Block,
     gates_to_pattern,
     matrix_shape,
     matrix_to_weight,
     pattern_to_gates,
     weight_to_matrix,
 )
+from sgtriton_kernels.bsr_merge import merge_blocks
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,41 @@ class StoredWeight:
             return expand(self.bits, self.kept, self.layout.weight_shape)
         return matrix_to_weight(self.matrix.to_dense(), self.layout)
 
+    def with_values(self, values: torch.Tensor) -> StoredWeight:
+        """The same pattern with other values, of the same shape."""
+        if self.matrix is None:
+            return StoredWeight(self.layout, bits=self.bits, kept=values)
+        m = self.matrix
+        return StoredWeight(
+            self.layout,
+            BlockSparse._from_validated(
+                values, m.crow, m.col, m.shape, m.ccol, m.row, m.perm, m.row_order
+            ),
+        )
+
+    def merged(self, block: tuple[int, int]) -> StoredWeight:
+        """The same weight in larger blocks, zeros where a part of one is closed.
+
+        Raises:
+            ValueError: a block that is not made of whole ones; weights that have a gate each.
+        """
+        if self.matrix is None:
+            raise ValueError("weights that have a gate each are not stored in blocks")
+        layout = self.layout
+        wide = gate_layout(layout.weight_shape, block, layout.groups)
+        if len(layout.weight_shape) == 2:
+            return StoredWeight(wide, merge_blocks(self.matrix, wide.block))
+        return StoredWeight(
+            wide,
+            merge_blocks(
+                self.matrix,
+                wide.block,
+                groups=layout.groups,
+                taps=layout.taps,
+                shape=matrix_shape(wide),
+            ),
+        )
+
     @property
     def open_gates(self) -> torch.Tensor:
         """``layout.gate_shape`` bool. Which gates are open."""
@@ -133,3 +170,40 @@ class StoredWeight:
     def nbytes(self) -> int:
         """Bytes of :meth:`tensors`."""
         return sum(t.nbytes for t in self.tensors().values())
+
+
+def served_block(layout: GateLayout, asked: Block | None = None) -> tuple[int, int] | None:
+    """The block into which gate blocks are merged to be served.
+
+    Args:
+        layout: how the gates lie over the weight.
+        asked: the block, cut to the layer's size, ``None`` sides the whole of it; by default the
+            smallest that kernels serve (sides that are powers of two >= 16).
+
+    Returns:
+        Its sides; ``None`` where the gate blocks are served as they are, or there is no such block.
+
+    Raises:
+        ValueError: ``asked`` is not made of whole gate blocks.
+    """
+    if layout.per_weight:
+        return None
+    sizes = layout.weight_shape[0] // layout.groups, layout.weight_shape[1]
+    if asked is None:
+        sides = [_served_side(s, size) for s, size in zip(layout.block, sizes, strict=True)]
+        found = None if sides[0] is None or sides[1] is None else (sides[0], sides[1])
+    else:
+        found = gate_layout(layout.weight_shape, asked, layout.groups).block
+        for side, gate, size in zip(found, layout.block, sizes, strict=True):
+            if side % gate and side < size:
+                raise ValueError(
+                    f"serve_block must be made of whole gate blocks {layout.block}, got {asked}"
+                )
+    return None if found == layout.block else found
+
+
+def _served_side(side: int, size: int) -> int | None:
+    served = 16
+    while served % side and served <= size:
+        served *= 2
+    return served if served <= size else None

@@ -79,7 +79,7 @@ def test_random_models_serve_what_they_learned(seed, tmp_path):
 
     dense = sgtriton.sparsify(copy.deepcopy(model), form="dense")
     assert_exact("dense", dense(x), out)
-    form = pick(["sparse", "auto"]) if seed % 10 == 0 else "sparse"
+    form = "auto" if seed % 20 == 0 else pick(["sparse", "merged", "compacted", "lookup"])
     sgtriton.sparsify(model, form=form, dense_copy=pick([True, False]))
     assert not any(isinstance(m, GatedModule) for m in model.modules())
     served = model(x)
@@ -149,7 +149,7 @@ def test_nan_gate_is_refused_with_the_layers_name_and_changes_nothing(block):
 def test_unknown_form_is_refused_and_changes_nothing(form):
     model = mlp()
     before = snapshot(model)
-    with pytest.raises(ValueError, match="form must be 'auto', 'sparse' or 'dense', got"):
+    with pytest.raises(ValueError, match=r"form must be one of \('auto', 'lookup', 'dense', .*got"):
         sgtriton.sparsify(model, form=form)
     assert_unchanged(model, before)
 
@@ -165,18 +165,19 @@ def test_model_without_gates_is_refused():
 
 
 class FakeTimes:
-    """In place of the timer: says how much faster dense is than sparse at each M."""
+    """In place of the timer: says how much slower dense is than the other forms at each M."""
 
     def __init__(self, monkeypatch, speedups):
-        self.speedups, self.asked = speedups, []
+        self.speedups, self.asked, self.again = speedups, [], []
         monkeypatch.setattr(serving, "interleaved_ms", self)
 
     def __call__(self, candidates, device, seconds):
-        sparse, dense = (call() for call in candidates)  # both must work
-        assert_close("candidates", sparse, dense)
-        rows = sparse.shape[0]
-        self.asked.append(rows)
-        return [1.0, self.speedups[rows]]
+        dense, *others = (call() for call in candidates)  # all must work
+        for other in others:
+            assert_close("candidates", other, dense)
+        rows = dense.shape[0]
+        (self.asked if seconds == serving._SECONDS else self.again).append(rows)
+        return [self.speedups[rows], *[1.0] * len(others)]
 
 
 def test_faster_form_is_taken_for_each_bucket(monkeypatch):
@@ -191,6 +192,10 @@ def test_faster_form_is_taken_for_each_bucket(monkeypatch):
         assert layer.dense_weight is not None
         for said in ("0.5x at M=1", "3x at M=128", "0.1x at M=512"):
             assert said in layer.reason
+        assert layer.measured == {
+            "1": 0.5, "2-8": 0.96, "9-32": 1.5, "33-128": 3.0, ">128": 0.1,
+        }  # fmt: skip
+        assert layer.expected.keys() == layer.measured.keys()
     text = " ".join(str(sgtriton.summary(model)).split())
     assert "sparse at M 9-32, 33-128; else dense" in text
     assert "0.5x at M=1" in text
@@ -243,6 +248,7 @@ def test_fixed_forms_are_not_timed(monkeypatch):
         layer = sgtriton.sparsify(mlp(), form=form)[0]
         assert set(layer.forms.values()) == {form}
         assert layer.reason == "as asked for"
+        assert layer.measured == layer.expected == {}
 
 
 def test_layers_without_a_choice_are_not_timed(monkeypatch):

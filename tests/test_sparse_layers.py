@@ -101,10 +101,11 @@ def test_conv_computes_what_the_gated_layer_does(make, block, shape, dtype):
     model = gated(make().to(dtype), block)
     x = torch.randn(shape).to(dtype)
     out = model(x)
-    sgtriton.sparsify(model)
+    sgtriton.sparsify(model, form="sparse")
     assert type(model[0]) in (BlockSparseConv1d, BlockSparseConv2d)
     assert model[0].form == "dense"
-    assert model[0].reason == "convolutions are computed dense"
+    what = "per-weight gates" if block == (1, 1) else "convolutions"
+    assert model[0].reason == f"{what} are computed dense"
     assert_exact("out", model(x), out)
 
 
@@ -534,7 +535,9 @@ def test_users_buffers_and_hooks_stay():
 )  # fmt: skip
 def test_forms_that_do_not_exist_are_refused(forms):
     layer = served(nn.Linear(12, 8), (4, 4))[0]
-    with pytest.raises(ValueError, match=r"forms must give one of \('sparse', 'dense'\)"):
+    with pytest.raises(
+        ValueError, match=r"forms must give one of \('dense', 'sparse', 'compacted'\)"
+    ):
         layer.set_forms(forms, "a test", True)
     assert layer.forms == SPARSE
 
@@ -545,7 +548,7 @@ def test_forms_that_do_not_exist_are_refused(forms):
 )
 def test_sparse_form_is_refused_where_there_is_none(make, block):
     layer = served(make(), block)[0]
-    with pytest.raises(ValueError, match=r"one of \('dense',\) for each"):
+    with pytest.raises(ValueError, match=r"one of \('dense', 'compacted'\) for each"):
         layer.set_forms(SPARSE, "a test", True)
     assert layer.forms == DENSE
 
