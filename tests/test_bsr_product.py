@@ -20,6 +20,7 @@ FORMS = {
     "x_left": TILE,
     "weight_left": replace(TILE, form="weight_left"),
     "split": replace(TILE, split=3),
+    "vector": replace(TILE, BLOCK_M=4, form="vector"),
 }  # fmt: skip
 BACKWARD = {name: FORMS[name] for name in ("x_left", "weight_left", "split")}
 # M, N, K: ragged everywhere, one tile, several tiles, one row

@@ -44,6 +44,8 @@ def bsr_linear_fwd(
     Returns:
         ``[M, N]``, dtype of ``x2``, contiguous.
     """
+    if tile.form == "vector":
+        return _vector(x2, values, crow, col, row_order, bias, residual2, n, activation, tile)
     return _product(
         x2, values, crow, col, None, row_order, bias, residual2, n, activation, tile
     )  # fmt: skip
@@ -174,6 +176,46 @@ def _product(
     return out if split == 1 else _add_up(sums, *added, activation, out)
 
 
+def _vector(
+    x2: torch.Tensor,
+    values: torch.Tensor,
+    crow: torch.Tensor,
+    col: torch.Tensor,
+    row_order: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual2: torch.Tensor | None,
+    n: int,
+    activation: str,
+    tile: BsrTile,
+) -> torch.Tensor:
+    """Launch the product without matrix instructions."""
+    (m, k), (_, bn, bk) = x2.shape, values.shape
+    out = x2.new_empty(m, n)
+    if m == 0:
+        return out
+    block_n, block_k = min(tile.BLOCK_N, bn), min(tile.BLOCK_K, bk)
+    grid = (triton.cdiv(m, tile.BLOCK_M) * len(row_order) * (bn // block_n),)
+    with device_of(x2):
+        _bsr_vector_kernel[grid](
+            x2.contiguous(),
+            values,
+            crow, col, row_order,
+            None if bias is None else bias.contiguous(),
+            None if residual2 is None else residual2.contiguous(),
+            out,
+            m, n, k,
+            HAS_BIAS=bias is not None, HAS_RESIDUAL=residual2 is not None,
+            ACTIVATION=activation,
+            ALIGNED_X=k % 16 == 0,
+            SOFT_BF16=soft_bf16(x2.dtype, x2.device),
+            BN=bn, BK=bk,
+            BLOCK_M=tile.BLOCK_M, BLOCK_N=block_n, BLOCK_K=block_k,
+            STAGES=tile.num_stages,
+            **launch_options(x2.device, tile.num_stages, tile.num_warps),
+        )  # fmt: skip
+    return out
+
+
 def _add_up(
     sums: torch.Tensor,
     bias: torch.Tensor | None,
@@ -239,6 +281,19 @@ def _rounded(y, DTYPE: tl.constexpr, SOFT_BF16: tl.constexpr):
         return round_to_bf16(y)
     else:
         return y.to(DTYPE)
+
+
+@triton.jit
+def _add_and_activate(
+    acc, bias_ptr, residual_ptr, offs_n, mask_n, offs, mask,
+    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    # acc [..., N tile]; offs_n, mask_n broadcast to it, offs and mask have its shape
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        acc += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    return _activate(acc, ACTIVATION)
 
 
 @triton.jit(do_not_specialize=["M", "OUT", "RED", "stride_xm", "stride_xr"])
@@ -360,22 +415,89 @@ def _bsr_product_kernel(
 
     if WEIGHT_LEFT:
         acc = tl.trans(acc)
-    offs_o = block_o * SIDE_OUT + offs_bo
+    offs_o = (block_o * SIDE_OUT + offs_bo)[None, :]
     mask_o = offs_o < OUT
-    mask = mask_m[:, None] & mask_o[None, :]
-    offs = offs_m[:, None] * OUT + offs_o[None, :]
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + offs_o, mask=mask_o, other=0.0)
-        acc += bias.to(tl.float32)[None, :]
-    if HAS_RESIDUAL:
-        residual = tl.load(residual_ptr + offs, mask=mask, other=0.0)
-        acc += residual.to(tl.float32)
-    acc = _activate(acc, ACTIVATION)
+    mask = mask_m[:, None] & mask_o
+    offs = offs_m[:, None] * OUT + offs_o
+    acc = _add_and_activate(
+        acc, bias_ptr, residual_ptr, offs_o, mask_o, offs, mask, HAS_BIAS, HAS_RESIDUAL, ACTIVATION
+    )
     if SPLIT > 1:
         tl.store(out_ptr + share * M * OUT + offs, acc, mask=mask)
     else:
         out = _rounded(acc, out_ptr.dtype.element_ty, SOFT_BF16)
         tl.store(out_ptr + offs, out, mask=mask)
+
+
+# A kernel of its own: for few rows of x it is all loads of values, and a matrix instruction would
+# multiply mostly padding.
+@triton.jit(do_not_specialize=["M", "N", "K"])
+def _bsr_vector_kernel(
+    x_ptr,  # [M, K], contiguous
+    values_ptr,  # [nnz, BN, BK], contiguous
+    crow_ptr, col_ptr, row_order_ptr,  # [block_rows + 1], [nnz + 1], [block_rows]
+    bias_ptr,  # [N] where HAS_BIAS
+    residual_ptr,  # [M, N] where HAS_RESIDUAL, contiguous
+    out_ptr,  # [M, N] out, contiguous
+    M, N, K,
+    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    ALIGNED_X: tl.constexpr,  # K is a multiple of 16
+    SOFT_BF16: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr,  # sides of a block
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,  # the pipeline's, which without a tl.dot the loop itself must ask for
+):  # fmt: skip
+    if ALIGNED_X:
+        K = K // 16 * 16
+    PARTS: tl.constexpr = BN // BLOCK_N
+    STEPS: tl.constexpr = BK // BLOCK_K
+
+    pid = tl.program_id(0).to(tl.int64)
+    num_m = tl.cdiv(M, BLOCK_M)
+    pid_n = pid // num_m
+    row = tl.load(row_order_ptr + pid_n // PARTS).to(tl.int64)
+    first_m = pid % num_m * BLOCK_M
+    lanes_m = tl.arange(0, BLOCK_M)
+    offs_bn = pid_n % PARTS * BLOCK_N + tl.arange(0, BLOCK_N)  # inside the block
+
+    start = tl.load(crow_ptr + row)
+    end = tl.load(crow_ptr + row + 1)
+    acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+    col = tl.load(col_ptr + start)  # carried one step ahead
+    for i in tl.range(start * STEPS, end * STEPS, num_stages=STAGES):  # pyright: ignore
+        next_col = tl.load(col_ptr + (i + 1) // STEPS)
+        offs_bk = (i % STEPS) * BLOCK_K + tl.arange(0, BLOCK_K)  # inside the block  # pyright: ignore
+        offs_k = col.to(tl.int64) * BK + offs_bk
+        mask_k = offs_k < K
+        # beyond a ragged edge anything may be stored, so it is masked too
+        values = tl.load(
+            values_ptr + tl.cast(i // STEPS, tl.int64) * (BN * BK)
+            + offs_bn[:, None] * BK + offs_bk[None, :],
+            mask=mask_k[None, :], other=0.0,
+        ).to(tl.float32)  # fmt: skip
+        # Row by row: each row's sums lie where the values do, which takes the fewest exchanges
+        # between threads.
+        for m in tl.static_range(BLOCK_M):  # pyright: ignore
+            x_row_ptr = x_ptr + (first_m + m) * K
+            x = tl.load(
+                x_row_ptr + offs_k[None, :],
+                mask=mask_k[None, :] & (first_m + m < M), other=0.0,
+            )  # fmt: skip
+            sums = tl.sum(values * x.to(tl.float32), 1)
+            acc = tl.where((lanes_m == m)[None, :], acc + sums[:, None], acc)
+        col = next_col
+
+    acc = tl.trans(acc)  # rows of out are stored whole
+    offs_m = (first_m + lanes_m)[:, None]
+    offs_n = (row * BN + offs_bn)[None, :]
+    mask_n = offs_n < N
+    mask = mask_n & (offs_m < M)
+    offs = offs_m * N + offs_n
+    acc = _add_and_activate(
+        acc, bias_ptr, residual_ptr, offs_n, mask_n, offs, mask, HAS_BIAS, HAS_RESIDUAL, ACTIVATION
+    )
+    tl.store(out_ptr + offs, _rounded(acc, out_ptr.dtype.element_ty, SOFT_BF16), mask=mask)
 
 
 # A kernel of its own: it starts when all sums are there.
@@ -404,11 +526,11 @@ def _bsr_add_up_kernel(
     for share in tl.static_range(SPLIT):  # pyright: ignore
         part_ptr = sums_ptr + tl.cast(share, tl.int64) * M * N
         acc += tl.load(part_ptr + offs, mask=mask_n, other=0.0)
-    if HAS_BIAS:
-        acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
-    if HAS_RESIDUAL:
-        acc += tl.load(residual_ptr + offs, mask=mask_n, other=0.0).to(tl.float32)
-    out = _rounded(_activate(acc, ACTIVATION), out_ptr.dtype.element_ty, SOFT_BF16)
+    acc = _add_and_activate(
+        acc, bias_ptr, residual_ptr, offs_n, mask_n, offs, mask_n, HAS_BIAS, HAS_RESIDUAL,
+        ACTIVATION,
+    )  # fmt: skip
+    out = _rounded(acc, out_ptr.dtype.element_ty, SOFT_BF16)
     tl.store(out_ptr + offs, out, mask=mask_n)
 
 
