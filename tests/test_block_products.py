@@ -77,15 +77,6 @@ def test_double_precision_stays(way):
     torch.testing.assert_close(out, x @ dense.T, rtol=1e-13, atol=1e-12)
 
 
-def test_one_row_takes_the_product_of_the_library(monkeypatch):
-    index, values, dense = place(torch.rand(12, 11) < 0.4, 16, 16)
-    x, taken = integers(1, 176), []
-    real = block_products._vector
-    monkeypatch.setattr(block_products, "_vector", lambda *a: taken.append(1) or real(*a))
-    assert_exact("out", multiply(x, values.transpose(1, 2), index, 192), x @ dense.T)
-    assert taken or not torch.backends.mkl.is_available()
-
-
 def test_each_way_is_taken_somewhere(monkeypatch):
     """Sizes at which the lookup takes each of them; the constants behind it were measured."""
     taken = set()

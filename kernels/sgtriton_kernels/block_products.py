@@ -12,7 +12,6 @@ cost least:
   layer is the beginning of them. For many blocks and rows of ``x``.
 - *loop*: a product for each block, straight into ``out``. For large blocks and many rows of ``x``,
   beside which a call costs little.
-- *vector*: the library's own product of a block-sparse matrix and a vector, which is one call.
 - *rows*, *columns*: one product for each block row or block column, where there are few.
 - *dense*: one product with the whole matrix, where blocks are too small to be worth gathering.
 
@@ -22,7 +21,6 @@ Memory is used again from call to call: on a CPU, fresh pages cost more than the
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections.abc import Iterator
 from functools import cached_property
 
@@ -38,7 +36,6 @@ _SUMS = 1 << 20  # elements of a band's sums where layers add to them
 _LOOP = 1 << 21  # multiply-adds of a block from which a call for each pays
 _LAYER = 110_000  # elements of the sums that a layer adds to, from which layers pay
 _BAG = 1 << 13  # longest row that the bag kernel adds up: it is compiled for each length
-_VECTOR = 110_000  # weights up to which one call beats three
 _FEW = 8  # block rows or columns up to which one product for each is faster
 _REUSE = 8  # products per element moved, below which (and from 16 rows on) dense is faster
 _GATHERED = 1 << 20  # elements of x that backward gathers at a time
@@ -118,11 +115,6 @@ class BlockIndex:
             yield first, last, self.columns[begin:end], self.starts[first : last + 1] - begin
             first = last
 
-    @cached_property
-    def compressed(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """``starts`` and ``columns`` in int32, as the library's sparse matrices hold them."""
-        return self.starts.int(), self.columns.int()
-
     def sum_rows(self, blocks: torch.Tensor) -> torch.Tensor:
         """``[block rows, length]``: the sums of ``blocks [blocks, length]`` by block row."""
         return _sum_rows(blocks, self.starts, self.counting, self.rows)
@@ -155,9 +147,7 @@ def multiply(
         return out if bias is None else out.add_(bias)
     if x.shape[1] < index.grid[1] * i:
         x = F.pad(x, (0, index.grid[1] * i - x.shape[1]))
-    way = way or _choose(x, weights, index, size)
-    if way == "vector":
-        return _vector(x, weights, index, size, bias)
+    way = way or _choose(m, count, i, o, index)
     if way == "batches" and count * m * (i + o) <= _BATCH:
         return _one_batch(x, weights, index, size, bias)
     out = x.new_empty(m, size)
@@ -172,70 +162,36 @@ def multiply(
     return out
 
 
-def _choose(x: torch.Tensor, weights: torch.Tensor, index: BlockIndex, size: int) -> str:
-    m, (count, i, o), (rows, columns) = len(x), weights.shape, index.grid
-    if m == 1 and _can_take_vector(weights, size == rows * o):
-        if count * i * o <= _VECTOR or i < 32:
-            return "vector"
-    elif rows <= _FEW:
-        return "rows"
-    elif columns <= _FEW:
-        return "columns"
-    elif m >= 16 and i * o < _REUSE * (i + o):
-        return "dense"
+def _choose(m: int, count: int, i: int, o: int, index: BlockIndex) -> str:
+    if m > 1:
+        rows, columns = index.grid
+        if rows <= _FEW:
+            return "rows"
+        if columns <= _FEW:
+            return "columns"
+        if m >= 16 and i * o < _REUSE * (i + o):
+            return "dense"
     if min(i, o) >= 64 and m * i * o >= _LOOP:
         return "loop"
-    if m * o * count < _LAYER:
-        return "batches"
-    return "layers" if m * o * count >= _LAYER * index.longest else "batches"
-
-
-def _can_take_vector(weights: torch.Tensor, whole: bool) -> bool:
-    _, i, o = weights.shape
-    return (
-        whole
-        and i == o > 1
-        and weights.device.type == "cpu"
-        and weights.transpose(1, 2).is_contiguous()
-        and torch.backends.mkl.is_available()
-    )
-
-
-def _vector(x, weights, index: BlockIndex, size: int, bias) -> torch.Tensor:
-    starts, columns = index.compressed
-    matrix = _sparse_matrix(starts, columns, weights.transpose(1, 2), (size, x.shape[1]))
-    out = torch.mm(matrix, x.T).view(1, size)
-    return out if bias is None else out.add_(bias)
-
-
-_said_beta = False  # of sparse matrices; once in a process
-
-
-def _sparse_matrix(starts, columns, values, shape: tuple[int, int]) -> torch.Tensor:
-    global _said_beta
-    if _said_beta:
-        return torch.sparse_bsr_tensor(starts, columns, values, shape, check_invariants=False)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        _said_beta = True
-        return _sparse_matrix(starts, columns, values, shape)
+    sums = m * o * count
+    return "layers" if sums >= _LAYER and sums >= _LAYER * index.longest else "batches"
 
 
 def _one_batch(x, weights, index: BlockIndex, size: int, bias) -> torch.Tensor:
     """All blocks at once. Of small products the calls are what costs, so there are few."""
     m, (count, i, o), (rows, columns) = len(x), weights.shape, index.grid
-    if m > 1:
-        x = x.reshape(m, columns, i).transpose(0, 1)
-    a = x.reshape(columns, m * i).index_select(0, index.columns).view(count, m, i)
+    if m == 1:
+        a = x.reshape(columns, i).index_select(0, index.columns).unsqueeze(1)
+        out = index.sum_rows(torch.bmm(a, weights).squeeze(1)).view(1, rows * o)
+        out = out if size == rows * o else out[:, :size].contiguous()
+        return out if bias is None else out.add_(bias)
+    x = x.reshape(m, columns, i).transpose(0, 1).reshape(columns, m * i)
+    a = x.index_select(0, index.columns).view(count, m, i)
     sums = index.sum_rows(torch.bmm(a, weights).view(count, m * o))
-    if m > 1:
-        sums = sums.view(rows, m, o).transpose(0, 1)
+    sums = sums.view(rows, m, o).transpose(0, 1)
     if size < rows * o:
         out = sums.reshape(m, rows * o)[:, :size]
         return out.contiguous() if bias is None else torch.add(out, bias)
-    if m == 1:
-        out = sums.view(1, size)
-        return out if bias is None else out.add_(bias)
     out = x.new_empty(m, size)
     into = out.view(m, rows, o)
     into.copy_(sums) if bias is None else torch.add(sums, bias.view(rows, o), out=into)

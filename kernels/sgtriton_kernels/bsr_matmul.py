@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -76,14 +74,10 @@ def bsr_linear(
     if x.dim() == 0 or x.shape[-1] != k:
         raise ValueError(f"x must be [..., {k}] for a weight of shape {w.shape}, got {_shape(x)}")
     _check_agrees("w", values, x)
-    for name, t, shape in (("bias", bias, (n,)), ("residual", residual, (*x.shape[:-1], n))):
-        if t is not None:
-            if t.shape != shape:
-                raise ValueError(
-                    f"{name} must be {list(shape)} for x {_shape(x)} and a weight of shape "
-                    f"{w.shape}, got {_shape(t)}"
-                )
-            _check_agrees(name, t, x)
+    if bias is not None:
+        _check_added("bias", bias, (n,), x)
+    if residual is not None:
+        _check_added("residual", residual, (*x.shape[:-1], n), x)
     if x.dtype not in _DTYPES:
         raise ValueError(f"x must be one of {_DTYPES}, got {x.dtype}")
     activation = "none" if activation is None else activation
@@ -104,7 +98,7 @@ def bsr_linear(
         out = _BsrLinear.apply(*tensors, w, (activation, impl, packed))
     else:
         out = _forward(*tensors, w, activation, impl, packed)
-    return ACTIVATIONS[after](out)
+    return out if after == "none" else ACTIVATIONS[after](out)
 
 
 def bsr_linear_ref(
@@ -127,6 +121,12 @@ def _check_agrees(name: str, t: torch.Tensor, x: torch.Tensor) -> None:
         raise ValueError(f"x and {name} must have one dtype, got x {x.dtype}, {name} {t.dtype}")
     if t.device != x.device:
         raise ValueError(f"x and {name} must be on one device, got x {x.device}, {name} {t.device}")
+
+
+def _check_added(name: str, t: torch.Tensor, shape: tuple[int, ...], x: torch.Tensor) -> None:
+    if t.shape != shape:
+        raise ValueError(f"{name} must be {list(shape)} for x {_shape(x)}, got {_shape(t)}")
+    _check_agrees(name, t, x)
 
 
 def _shape(t: torch.Tensor) -> list[int]:
@@ -163,9 +163,12 @@ def _forward(
         out = bsr_linear_fwd(
             x2, values, w.crow, w.col, w.row_order, bias, residual2, n, activation, chosen
         )
-    else:
-        with _no_autocast(x.device):
+    elif torch.is_autocast_enabled(x.device.type):
+        # the entry has cast already; in here autocast would round the sums
+        with torch.autocast(x.device.type, enabled=False):
             out = bsr_linear_torch(x2, values, w.index, bias, residual2, n, activation)
+    else:
+        out = bsr_linear_torch(x2, values, w.index, bias, residual2, n, activation)
     # no view: autograd allows no writing to a function's views
     return out if x.dim() == 2 else torch.ops.aten._unsafe_view(out, (*x.shape[:-1], n))
 
@@ -190,7 +193,7 @@ def _backward(
             tile = _tile("dvalues", w, dy2, x2)
             dvalues = bsr_linear_dvalues(dy2, x2, values, w.row, w.col, w.perm, tile)
     elif need_dx or need_dvalues:
-        with _no_autocast(x.device):
+        with torch.autocast(x.device.type, enabled=False):
             dx, dvalues = bsr_linear_bwd_torch(dy2, x2, values, w.index, need_dx, need_dvalues)
     return (
         dy.new_empty(0) if dx is None else torch.ops.aten._unsafe_view(dx, x.shape),
@@ -206,13 +209,6 @@ def _tile(which: str, w: BlockSparse, *rows: torch.Tensor) -> BsrTile:
         which, len(like), *w.shape, w.block, w.nnz, like.dtype, all(map(is_aligned, rows)),
         is_native(like.device),
     )  # fmt: skip
-
-
-def _no_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """The entry has cast already; inside, autocast would round the sums."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
 
 
 class _BsrLinear(torch.autograd.Function):

@@ -28,14 +28,17 @@ def bsr_linear_torch(
     activation: str,
 ) -> torch.Tensor:
     """``act(x2 [M, K] @ W^T + bias + residual2)`` in the dtype of ``x2``, contiguous."""
-    dtype = x2.dtype
-    wide = torch.promote_types(dtype, torch.float32)
-    values = _inside(values.to(wide), index, n, x2.shape[1])
-    bias = None if bias is None else bias.to(wide)
-    out = multiply(x2.to(wide), values.transpose(1, 2), index, n, bias)
+    dtype, wide = x2.dtype, torch.promote_types(x2.dtype, torch.float32)
+    if dtype != wide:
+        x2, values = x2.to(wide), values.to(wide)
+        bias = None if bias is None else bias.to(wide)
+    weights = _inside(values, index, n, x2.shape[1]).transpose(1, 2)
+    out = multiply(x2, weights, index, n, bias)
     if residual2 is not None:
         out += residual2
-    return ACTIVATIONS[activation](out).to(dtype)
+    if activation != "none":
+        out = ACTIVATIONS[activation](out)
+    return out if dtype == wide else out.to(dtype)
 
 
 def bsr_linear_bwd_torch(
