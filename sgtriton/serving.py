@@ -232,6 +232,10 @@ def plan_forms(
     dense_type = dense_type_of(layer)
     assert dense_type is not None
     possible = possible_forms(dense_type, stored.layout, serve_block, trainable)
+    if form in FORMS:
+        return _fixed(form, stored, possible)
+    if possible == ("dense",):
+        return Plan(dict.fromkeys(BUCKETS, "dense"), _why_dense(stored.layout))
     shares: dict[str, float] = {"dense": 1.0}
     calls: dict[str, Call] = {}
     weight = stored.to_dense()
@@ -253,8 +257,6 @@ def plan_forms(
         shares["merged"] = merged.density
         calls["merged"] = _block_call(layer, merged)
     others = {name: calls[name] for name in FORMS if name in calls}
-    if form in FORMS:
-        return _fixed(form, stored.layout, others)
     if not others:
         return Plan(dict.fromkeys(BUCKETS, "dense"), _why_dense(stored.layout))
     if form == "lookup":
@@ -273,20 +275,22 @@ def _why_dense(layout: GateLayout) -> str:
     return f"{what} are computed dense"
 
 
-def _fixed(form: str, layout: GateLayout, others: Mapping[str, object]) -> Plan:
+def _fixed(form: str, stored: StoredWeight, possible: tuple[str, ...]) -> Plan:
     """One form for all buckets, or the nearest that the layer has."""
-    reason = "as asked for"
-    if form == "merged" and form not in others and "sparse" in others:
+    layout, reason = stored.layout, "as asked for"
+    if form == "compacted" and form in possible:
+        _, cols, rows = compact(stored.to_dense())
+        if cols is None and rows is None:
+            form, reason = "dense", "no row or column is dead"
+    elif form == "compacted":
+        form, reason = "dense", "grouped convolutions are not compacted"
+    elif form == "merged" and form not in possible and "sparse" in possible:
         if _is_served(layout.block):
             form, reason = "sparse", f"blocks of {shown(layout.block)} are served as they are"
         else:
             reason = f"no served block is made of whole blocks of {shown(layout.block)}"
             form = "dense"
-    elif form == "compacted" and form not in others:
-        form = "dense"
-        reason = "grouped convolutions are not compacted"
-        reason = "no row or column is dead" if layout.groups == 1 else reason
-    elif form != "dense" and form not in others:
+    elif form not in possible:
         form, reason = "dense", _why_dense(layout)
     return Plan(dict.fromkeys(BUCKETS, form), reason)
 
@@ -448,7 +452,7 @@ def _example_input(
             reach = layer.dilation[i] * (kernel - 1)  # pyright: ignore
             pad = pads[i] if pads else reach if layer.padding == "same" else 0
             size = (side - 1) * layer.stride[i] + reach + 1 - 2 * pad  # pyright: ignore
-            shape.append(max(size, side, reach + 1, pad + 1))
+            shape.append(max(size, pad + 1))  # padding by reflection needs as much
     x = torch.randn(shape, device=weight.device, generator=random)
     return x.to(weight.dtype)
 

@@ -931,3 +931,108 @@ def test_paths_may_be_text_relative_and_have_any_letters(tmp_path, monkeypatch):
         sgtriton.save(model, name)
         sgtriton.load(net(), name)
     assert len(os.listdir(tmp_path)) == 4
+
+
+OPTIONAL = {
+    "serve_block": [[4], [4, 6], [0, 4], [True, 4], "44", [2, 2]],
+    "expected": [[], "fast", {"1": 0}, {"1": -1.0}, {"1": True}, {"1": "2"}, {"7": 2.0},
+                 {"1": float("inf")}, {"1": float("nan")}],
+    "measured": [{"1": None}, {">128": [1.0]}],
+}  # fmt: skip
+
+
+def merged():
+    """A served model whose layer "3" (8x32, 4x4 gates) has a merged form and speed-ups."""
+    model = sgtriton.sparsify(patched(), form="merged", serve_block=(8, 16))
+    assert model[3].form == "merged"
+    forms = dict.fromkeys(BUCKETS, "merged")
+    model[3].set_forms(forms, "a test", True, dict.fromkeys(BUCKETS, 2.0), {"1": 1.5, ">128": 3})
+    return model
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@torch.no_grad()
+def test_forms_blocks_and_speedups_are_recorded(path, target):
+    model = merged()
+    sgtriton.save(model, path)
+    again = sgtriton.load(TARGETS[target](), path)
+    for i in (0, 3, 5):
+        for name in ("forms", "reason", "serve_block", "expected", "measured"):
+            assert getattr(again[i], name) == getattr(model[i], name)
+    assert list(again[3].forms) == list(BUCKETS)
+    assert_exact("out", again(X), model(X))
+    assert str(sgtriton.summary(again)) == str(sgtriton.summary(model))
+
+
+@torch.no_grad()
+def test_files_of_before_there_were_merged_forms_load(path):
+    """A description as the first writers of this format made it, by hand."""
+    weight, bias = torch.arange(1.0, 33).view(4, 8), torch.ones(4)
+    entry = {
+        "type": "Linear", "shape": [4, 8], "groups": 1, "gate_block": [2, 4],
+        "gate_kind": "threshold", "forms": {**dict.fromkeys(BUCKETS, "sparse"), "1": "dense"},
+        "reason": "sparse against dense: 0.5x at M=1", "dense_copy": True, "device": "cpu",
+    }  # fmt: skip
+    tensors = {
+        "0.values": torch.stack([weight[:2, 4:], weight[2:, :4]]), "0.crow": ints(0, 1, 2),
+        "0.col": ints(1, 0), "0.bias": bias,
+    }  # fmt: skip
+    description = {"format": 1, "layers": {"0": entry}, "same_as": {}, "checksums": {}}
+    pack(path, description, tensors)
+    model = sgtriton.load(nn.Sequential(nn.Linear(8, 4)), path)
+    weight[:2, :4] = weight[2:, 4:] = 0
+    assert_exact("weight", model[0].full_weight(), weight)
+    assert model[0].forms == entry["forms"]
+    assert model[0].reason == entry["reason"]
+    assert model[0].serve_block is None
+    assert model[0].expected == model[0].measured == {}
+    sgtriton.save(model, path)  # and what says nothing new is written as it was
+    assert unpack(path)[0]["layers"] == {"0": entry}
+
+
+@pytest.mark.parametrize("field", OPTIONAL)
+def test_optional_fields_of_a_wrong_type_or_value_are_refused(path, field):
+    sgtriton.save(merged(), path)
+    description, tensors = unpack(path)
+    for value in (None, True, 0, 1.5, "x", [[]], *OPTIONAL[field]):
+        changed = copy.deepcopy(description)
+        changed["layers"]["3"][field] = value
+        pack(path, changed, tensors)
+        refuse(net(), path, "3: ")
+
+
+def test_form_without_its_served_block_is_refused(path):
+    sgtriton.save(merged(), path)
+    description, tensors = unpack(path)
+    del description["layers"]["3"]["serve_block"]
+    pack(path, description, tensors)
+    refuse(net(), path, r"3: the layer has the forms .*, the file says 'merged'")
+
+
+def test_gate_kind_of_no_gates_is_for_models_without(path):
+    sgtriton.save(served(), path)
+    description, tensors = unpack(path)
+    for entry in description["layers"].values():
+        entry["gate_kind"] = "none"
+    pack(path, description, tensors)
+    refuse(mixed(), path, "0: the file's layer was pruned without gates, the model's is gated")
+    assert sgtriton.load(net(), path)[3].gate_kind == "none"
+    assert sgtriton.load(served(), path)[3].gate_kind == "none"
+
+
+@torch.no_grad()
+def test_served_block_is_kept_where_forms_are_chosen_anew(path, monkeypatch):
+    from sgtriton import serving
+
+    monkeypatch.setattr(
+        serving, "interleaved_ms", lambda calls, *a, **k: [9.0, 9.0, 1.0, 9.0][: len(calls)]
+    )
+    sgtriton.save(merged(), path)
+    description, tensors = unpack(path)
+    for entry in description["layers"].values():
+        entry["device"] = "cuda"
+    pack(path, description, tensors)
+    again = sgtriton.load(net(), path)
+    assert again[3].serve_block == (8, 16)
+    assert again[3].form == "merged"
+    assert again[3].measured["1"] == 9

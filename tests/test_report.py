@@ -1,5 +1,6 @@
 """What a summary says of a model, against figures worked out by hand."""
 
+import copy
 import math
 import os
 import re
@@ -17,6 +18,7 @@ from sgtriton.report import LayerSummary, Summary
 from sgtriton.sparse_layers import BUCKETS
 
 ROOT = Path(__file__).parents[1]
+DENSE = dict.fromkeys(BUCKETS, "dense")
 
 
 @torch.no_grad()
@@ -287,3 +289,34 @@ def test_summary_is_plain_text():
     assert text.isascii()
     assert isinstance(sgtriton.summary(two_layers()), Summary)
     assert all(line == line.rstrip() for line in text.splitlines())
+
+
+def test_served_blocks_are_shown_beside_the_gates_own():
+    """Both densities: that of the gates and that of the blocks they are merged into."""
+    model = sgtriton.patch(nn.Sequential(nn.Linear(32, 32)), block=(4, 4))
+    gate = model[0].gate.data.zero_()
+    gate[0, 0] = gate[1, 1] = gate[7, 7] = 1
+    for form in ("merged", "sparse"):
+        served = sgtriton.sparsify(copy.deepcopy(model), form=form)
+        summary = sgtriton.summary(served)
+        (layer,) = summary.layers
+        assert layer.sparsity == pytest.approx(1 - 3 / 64, abs=1e-6)
+        assert layer.serve_block == (16, 16)
+        assert layer.served_sparsity == pytest.approx(0.5, abs=1e-6)
+        assert layer.bytes_copy == (2 * 256 * 4 if form == "merged" else 0)
+        text = " ".join(str(summary).split())
+        assert ("merged blocks of 16x16 leave out 50.00%" in text) == (form == "merged")
+        assert "95.31% 3 of 64" in text
+
+
+def test_expected_and_measured_speedups_are_shown():
+    model = sgtriton.sparsify(two_layers(), form="dense")
+    expected = dict(zip(BUCKETS, (0.5, 1.0, 1.5, 2.0, 2.5), strict=True))
+    reason = "sparse against dense: 0.4x at M=1, 2x at M=512"
+    model[0].set_forms({**DENSE, ">128": "sparse"}, reason, True, expected, {"1": 0.4, ">128": 2.0})
+    summary = sgtriton.summary(model)
+    assert summary.layers[0].expected == expected
+    assert summary.layers[0].measured == {"1": 0.4, ">128": 2.0}
+    said = f"{reason} (expected 0.5x, 1x, 1.5x, 2x, 2.5x)"
+    assert said in " ".join(str(summary).split())
+    assert max(map(len, str(summary).splitlines())) <= 100

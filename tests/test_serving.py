@@ -2,16 +2,23 @@
 
 import copy
 import logging
+import pickle
 
 import pytest
 import torch
-from helpers import assert_close, assert_exact
+from helpers import assert_close, assert_exact, assert_within_twice
 from torch import nn
 
 import sgtriton
 from sgtriton import serving
 from sgtriton.layers import GatedModule
-from sgtriton.sparse_layers import BUCKETS, BlockSparseConv2d, BlockSparseLinear, SparseModule
+from sgtriton.sparse_layers import (
+    BUCKETS,
+    FORMS,
+    BlockSparseConv2d,
+    BlockSparseLinear,
+    SparseModule,
+)
 
 BLOCKS = [(1, 1), (4, 4), (8, 2), (1, None), (None, 1), (32, 32)]
 
@@ -394,3 +401,246 @@ def test_served_model_gives_its_dense_layers_back():
     sgtriton.unpatch(model)
     assert [type(layer) for layer in model] == [nn.Linear, nn.ReLU, nn.Linear]
     assert torch.equal(model(x), out)
+
+
+@torch.no_grad()
+def columns_dead(model, block=(4, 4)):
+    """Gates of which whole block rows and columns are closed, others at random."""
+    sgtriton.patch(model, block=block)
+    for layer in model.modules():
+        if isinstance(layer, GatedModule):
+            gate = layer.gate.copy_((torch.rand_like(layer.gate) < 0.5).float())
+            gate[0], gate[:, -1], gate[-1, 0] = 0, 0, 1
+    return model.eval()
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("k", "n"), [(64, 48), (37, 53)])
+@torch.no_grad()
+def test_every_form_computes_the_same_and_survives_copies_and_moves(form, k, n, tmp_path):
+    model = columns_dead(nn.Sequential(nn.Linear(k, n)))
+    x = torch.randn(9, k)
+    ref64, out = copy.deepcopy(model).double()(x.double()), model(x)
+    sgtriton.sparsify(model, form=form)
+    layer = model[0]
+    assert layer.form == form
+    assert layer.serve_block == (16, 16)
+    assert_within_twice("out", model(x), ref64, out)
+    served = model(x)
+    assert_exact("deepcopy", copy.deepcopy(model)(x), served)
+    assert_exact("pickle", pickle.loads(pickle.dumps(model))(x), served)
+    assert_close("double", copy.deepcopy(model).double()(x.double()), ref64)
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    expected = nn.functional.linear(
+        x.to(torch.bfloat16), half[0].stored.to_dense(), half[0].bias
+    )  # fmt: skip
+    assert_close("bfloat16", half(x.to(torch.bfloat16)), expected)
+    sgtriton.save(model, tmp_path / "model.sgt")
+    again = sgtriton.load(nn.Sequential(nn.Linear(k, n)), tmp_path / "model.sgt")
+    assert again[0].forms == layer.forms
+    assert_exact("reloaded", again(x), served)
+    state = {name: t * 2 if name.endswith(("values", "bias")) else t for name, t in
+             model.state_dict().items()}  # fmt: skip
+    assert set(state) == {"0.values", "0.crow", "0.col", "0.bias"}
+    model.load_state_dict(state)
+    assert_close("twice", model(x), 2 * served)
+    model.to_empty(device="cpu")
+    assert layer.stored.density == 0
+    model.load_state_dict(state)
+    assert_close("after to_empty", model(x), 2 * served)
+    sgtriton.unpatch(model)
+    assert not dict(model.named_buffers())
+
+
+@pytest.mark.parametrize("form", FORMS)
+@torch.no_grad()
+def test_every_form_compiles_without_graph_breaks(form):
+    model = columns_dead(nn.Sequential(nn.Linear(37, 53)))
+    sgtriton.sparsify(model, form=form).requires_grad_(False)
+    compiled, x = torch.compile(model, fullgraph=True, backend="aot_eager"), torch.randn(5, 37)
+    assert_close("out", compiled(x), model(x))
+
+
+@torch.no_grad()
+def test_served_blocks_are_those_asked_for():
+    for asked, served in [((8, 4), (8, 4)), ((None, 8), (48, 8)), ((64, 64), (48, 64))]:
+        model = columns_dead(nn.Sequential(nn.Linear(64, 48)))
+        x = torch.randn(3, 64)
+        out = model(x)
+        sgtriton.sparsify(model, form="merged", serve_block=asked)
+        assert model[0].serve_block == served
+        assert model[0]._matrix_of("merged").block == served
+        assert model[0].gate_block == (4, 4)
+        assert_close("out", model(x), out)
+
+
+@torch.no_grad()
+def test_state_holds_gate_blocks_whatever_is_served():
+    model = columns_dead(nn.Sequential(nn.Linear(64, 48)))
+    values = sgtriton.sparsify(copy.deepcopy(model), form="sparse").state_dict()["0.values"]
+    merged = sgtriton.sparsify(model, form="merged")
+    assert_exact("values", merged.state_dict()["0.values"], values)
+    assert {name for name, _ in merged.named_buffers()} > set(merged.state_dict()) - {"0.bias"}
+
+
+@pytest.mark.parametrize(
+    ("make", "block", "form", "taken", "reason"),
+    [
+        (lambda: nn.Linear(64, 64), (16, 16), "merged", "sparse", "blocks of 16x16 are served as"),
+        (lambda: nn.Linear(64, 64), (3, 4), "merged", "dense", "no served block is made of whole"),
+        (lambda: nn.Linear(64, 64), (1, 1), "merged", "dense", "per-weight gates are computed"),
+        (lambda: nn.Linear(64, 64), (1, 1), "sparse", "dense", "per-weight gates are computed"),
+        (lambda: nn.Linear(64, 64), (16, 16), "compacted", "dense", "no row or column is dead"),
+        (lambda: nn.Conv2d(4, 4, 3, groups=2), (2, 2), "compacted", "dense", "grouped conv"),
+        (lambda: nn.Conv2d(16, 16, 3), (4, 4), "merged", "dense", "convolutions are computed"),
+    ],
+)
+def test_form_that_a_layer_lacks_is_replaced_with_a_reason(make, block, form, taken, reason):
+    model = sgtriton.patch(nn.Sequential(make()), block=block)
+    layer = sgtriton.sparsify(model, form=form)[0]
+    assert layer.form == taken
+    assert layer.reason.startswith(reason)
+
+
+@torch.no_grad()
+def test_dead_filters_and_channels_are_dropped(tmp_path):
+    for block, side in [((1, None), 0), ((None, 1), 1)]:
+        model = sgtriton.patch(nn.Sequential(nn.Conv2d(6, 8, 3, padding=1)), block=block)
+        model[0].gate.copy_((torch.arange(model[0].gate.numel()) % 2).view_as(model[0].gate))
+        x = torch.randn(2, 6, 7, 7)
+        out = model(x)
+        sgtriton.sparsify(model, form="compacted")
+        assert model[0].form == "compacted"
+        assert model[0]._buffers["compact_weight"].shape[side] < (8, 6)[side]
+        assert_close("out", model(x), out)
+        sgtriton.save(model, tmp_path / "model.sgt")
+        again = sgtriton.load(nn.Sequential(nn.Conv2d(6, 8, 3, padding=1)), tmp_path / "model.sgt")
+        assert_exact("reloaded", again(x), model(x))
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv", "grouped"])
+@torch.no_grad()
+def test_convolutions_choose_their_form_too(monkeypatch, kind):
+    make = {
+        "linear": lambda: nn.Linear(12, 12),
+        "conv": lambda: nn.Conv2d(12, 12, 3, 2, 1, 2),
+        "grouped": lambda: nn.Conv2d(12, 12, 3, groups=2),
+    }[kind]
+    model = columns_dead(nn.Sequential(make()))
+    shape = (3, 12) if kind == "linear" else (1, 12, 30, 30)
+    x = torch.randn(shape)
+    out, seen = model(x), []
+
+    def times(candidates, device, seconds):
+        dense, *others = (call() for call in candidates)
+        for other in others:
+            assert_close("candidates", other, dense)
+        seen.append(dense.numel() // 12)
+        return [2.0, *[1.5] * (len(others) - 1), 1.0]
+
+    monkeypatch.setattr(serving, "interleaved_ms", times)
+    layer = sgtriton.sparsify(model)[0]
+    assert layer.form == ("dense" if kind == "grouped" else "compacted")
+    assert seen == ([] if kind == "grouped" else seen)
+    if kind == "conv":
+        assert seen == [1, 9, 36, 121, 529]  # about the rows of each bucket
+    assert_close("out", model(x), out)
+
+
+@pytest.mark.parametrize("bucket", BUCKETS)
+@torch.no_grad()
+def test_convolutions_count_their_output_positions(bucket):
+    model = columns_dead(nn.Sequential(nn.Conv2d(12, 12, 3, padding=1, stride=2)))
+    layer = sgtriton.sparsify(model, form="dense")[0]
+    layer.set_forms(
+        {b: "compacted" if b == bucket else "dense" for b in BUCKETS}, "a test", False
+    )  # fmt: skip
+    seen = []
+    layer._buffers["compact_weight"].fill_(7)  # tells the forms apart
+    for rows, size in [("1", 2), ("2-8", 4), ("9-32", 8), ("33-128", 16), (">128", 40)]:
+        x = torch.randn(1, 12, size, size)
+        dense = layer._conv_forward(x, layer.full_weight(), layer.bias)
+        if not torch.equal(layer(x), dense):
+            seen.append(rows)
+    assert seen == [bucket]
+
+
+def test_forms_that_are_close_are_timed_again(monkeypatch):
+    asked = []
+
+    def times(candidates, device, seconds):
+        asked.append((len(candidates), seconds))
+        if seconds == serving._SECONDS:
+            return [2.0, 1.0, 1.1, 1.5]  # dense, sparse, merged, compacted
+        return [2.0, 1.1, 1.0]
+
+    monkeypatch.setattr(serving, "interleaved_ms", times)
+    model = columns_dead(nn.Sequential(nn.Linear(64, 48)))
+    layer = sgtriton.sparsify(model)[0]
+    assert layer.form == "merged"
+    assert asked == [(4, serving._SECONDS), (3, serving._LONGER)] * len(BUCKETS)
+    asked.clear()
+    monkeypatch.setattr(serving, "_CLOSE", 1.05)
+    layer = sgtriton.sparsify(columns_dead(nn.Sequential(nn.Linear(64, 48))))[0]
+    assert layer.form == "sparse"
+    assert asked == [(4, serving._SECONDS)] * len(BUCKETS)
+
+
+def test_forms_are_looked_up_without_timing(monkeypatch):
+    monkeypatch.setattr(serving, "interleaved_ms", None)
+    monkeypatch.setattr(
+        serving, "lookup_form", lambda layout, density, rows, *a: ("sparse", 2.0 + rows)
+    )
+    layer = sgtriton.sparsify(columns_dead(nn.Sequential(nn.Linear(64, 48))), form="lookup")[0]
+    assert layer.form == "sparse"
+    assert layer.reason == "by the cost model, at M=1, 8, 32, 128, 512"
+    assert layer.expected == {"1": 3, "2-8": 10, "9-32": 34, "33-128": 130, ">128": 514}
+    assert layer.measured == {}
+    text = " ".join(str(sgtriton.summary(layer)).split())
+    assert "(expected 3x, 10x, 34x, 1.3e+02x, 5.1e+02x)" in text
+
+
+def test_cost_model_prefers_what_reads_little_and_dense_where_nothing_is_gained():
+    from sgtriton_kernels import gate_layout
+
+    layout, cpu = gate_layout((4096, 1024), (64, 64)), torch.device("cpu")
+
+    def look(**density):
+        return serving.lookup_form(layout, {"dense": 1.0, **density}, 512, torch.float32, cpu)
+
+    assert look() == ("dense", 1.0)
+    assert look(sparse=1.0) == ("dense", 1.0)
+    form, speedup = look(sparse=0.1)
+    assert form == "sparse"
+    assert 1 < speedup <= 10
+    assert look(sparse=0.05)[1] > speedup
+    assert look(sparse=0.1, compacted=0.01)[0] == "compacted"
+    small = gate_layout((16, 16), (4, 4))
+    assert serving.lookup_form(small, {"dense": 1.0, "sparse": 0.1}, 1, torch.float32, cpu) == (
+        "dense", 1.0,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def test_written_values_show_in_the_sparse_form_and_exchanged_ones_everywhere():
+    model = columns_dead(nn.Sequential(nn.Linear(64, 48)))
+    sgtriton.sparsify(model, form="sparse")
+    x, layer = torch.randn(3, 64), model[0]
+    out = model(x) - layer.bias
+    layer.values.mul_(2)
+    assert_close("written", model(x) - layer.bias, 2 * out)
+    layer.values = layer.values * 2
+    assert_close("exchanged", model(x) - layer.bias, 4 * out)
+    called = torch.func.functional_call(model, {"0.values": layer.values / 4}, x)
+    assert_close("for a call", called - layer.bias, out)
+    assert_close("back", model(x) - layer.bias, 4 * out)
+
+
+def test_matrix_is_made_once():
+    layer = sgtriton.sparsify(columns_dead(nn.Sequential(nn.Linear(64, 48))), form="sparse")[0]
+    first = layer.matrix
+    layer(torch.randn(2, 64))
+    assert layer.matrix is first
+    layer.to(torch.bfloat16)
+    assert layer.matrix is not first
+    assert layer.matrix.values.dtype == torch.bfloat16

@@ -14,7 +14,7 @@ from sgtriton_kernels.blocks import (
     weight_to_matrix,
 )
 
-from sgtriton.stored import StoredWeight
+from sgtriton.stored import StoredWeight, served_block
 
 # weight shape, block, groups: linear, ragged, None sides, taps in one and two axes, groups
 BLOCKS = [
@@ -265,3 +265,64 @@ def test_tensors_of_another_block_are_refused():
     for block in [(2, 2), (8, 4), (1, 1), (None, None)]:
         with pytest.raises(ValueError, match=r"values must hold blocks|are needed"):
             StoredWeight.from_tensors(tensors, gate_layout((8, 8), block))
+
+
+@pytest.mark.parametrize(
+    ("shape", "block", "groups", "served"),
+    [
+        ((64, 64), (4, 8), 1, (16, 16)),
+        ((64, 64), (32, 2), 1, (32, 16)),
+        ((64, 64), (16, 16), 1, None),  # served as it is
+        ((64, 64), (3, 4), 1, None),  # no power of two holds whole blocks of 3
+        ((20, 64), (8, 4), 1, (16, 16)),
+        ((12, 64), (4, 4), 1, None),  # too small
+        ((64, 64), (None, 1), 1, (64, 16)),
+        ((60, 64), (None, 1), 1, None),
+        ((64, 64), (1, 1), 1, None),  # stored as single weights
+        ((64, 32, 3, 3), (4, 4), 1, (16, 16)),
+        ((64, 32, 3, 3), (4, 4), 4, (16, 16)),
+        ((64, 32, 3, 3), (4, 4), 8, None),  # 8 rows in a group
+    ],
+)
+def test_smallest_block_that_kernels_serve(shape, block, groups, served):
+    assert served_block(gate_layout(shape, block, groups)) == served
+
+
+@pytest.mark.parametrize(
+    ("asked", "served"),
+    [
+        ((8, 4), (8, 4)),
+        ((4, 4), None),
+        ((64, 64), (10, 14)),
+        ((None, 8), (10, 8)),
+        ((12, 4), (10, 4)),
+    ],
+)
+def test_block_that_is_asked_for_is_cut_to_the_layer(asked, served):
+    assert served_block(gate_layout((10, 14), (4, 4)), asked) == served
+
+
+@pytest.mark.parametrize("asked", [(6, 4), (4, 6), (2, 4), (9, 4)])
+def test_block_that_is_not_made_of_whole_ones_is_refused(asked):
+    with pytest.raises(ValueError, match=r"must be made of whole gate blocks \(4, 4\), got"):
+        served_block(gate_layout((10, 14), (4, 4)), asked)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize(("shape", "block", "groups"), BLOCKS)
+def test_merged_weight_is_the_same(shape, block, groups, share):
+    layout = gate_layout(shape, block, groups)
+    stored = StoredWeight.from_gated(torch.randn(shape), some_gates(layout, share), layout)
+    bn, bk = layout.block
+    for asked in [(2 * bn, bk), (bn, 3 * bk), (None, bk), (None, None)]:
+        wide = stored.merged(served_block(layout, asked) or layout.block)
+        assert_exact("weight", wide.to_dense(), stored.to_dense())
+        assert wide.density >= stored.density - 1e-6
+        assert wide.density <= 1
+
+
+def test_single_weights_are_not_merged():
+    layout = gate_layout((8, 8), (1, 1))
+    stored = StoredWeight.from_gated(torch.randn(8, 8), some_gates(layout, 0.5), layout)
+    with pytest.raises(ValueError, match="not stored in blocks"):
+        stored.merged((4, 4))
