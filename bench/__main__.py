@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from . import accuracy, bandwidth, compile_report, report, training
+from . import accuracy, bandwidth, compile_report, report, serving, training
 
 
 def main() -> int:
@@ -15,6 +15,7 @@ def main() -> int:
     bandwidth.add_command(commands)
     report.add_command(commands)
     compile_report.add_command(commands)
+    serving.add_command(commands)
     training.add_command(commands)
     arguments = parser.parse_args()
     try:

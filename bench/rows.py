@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import platform
 import subprocess
 from collections.abc import Sequence
@@ -51,8 +52,12 @@ def write(path: Path, rows: Sequence[Any]) -> None:
         append(path, row)
 
 
+@functools.cache
 def commit() -> str:
-    """The commit that was measured, marked where tracked files differ from it."""
+    """The commit that was measured, marked where tracked files differ from it.
+
+    It is asked for once: what a measurement writes is no difference.
+    """
     out = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--exclude=*"],
         cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
