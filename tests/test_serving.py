@@ -644,3 +644,12 @@ def test_matrix_is_made_once():
     layer.to(torch.bfloat16)
     assert layer.matrix is not first
     assert layer.matrix.values.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("form", FORMS)
+@torch.no_grad()
+def test_every_form_is_exported(form):
+    model = sgtriton.sparsify(columns_dead(nn.Sequential(nn.Linear(37, 53))), form=form)
+    model.requires_grad_(False)
+    x = torch.randn(5, 37)
+    assert_close("out", torch.export.export(model, (x,)).module()(x), model(x))

@@ -298,3 +298,16 @@ def test_state_of_a_trainable_model_travels_through_torch_save():
     buffer.seek(0)
     other.load_state_dict(torch.load(buffer, weights_only=True))
     assert_exact("values", other[0].values.detach(), model[0].values.detach())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_every_pattern_can_be_timed(share, dtype, monkeypatch):
+    from sgtriton import serving
+
+    monkeypatch.setattr(serving, "_SECONDS", 0.0)
+    monkeypatch.setattr(serving, "_LONGER", 0.0)
+    model = gated(lambda: nn.Linear(21, 18), (8, 8), share).to(dtype)
+    layer = sgtriton.sparsify(model, trainable=True)[0]
+    assert layer.measured.keys() == layer.expected.keys() == BUCKETS.keys()
+    assert layer.values.grad is None
