@@ -9,7 +9,7 @@ PIP_INSTALL = -m pip install --quiet --disable-pip-version-check
 PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
 PYTEST_NATIVE = TRITON_INTERPRET=0 OMP_NUM_THREADS=1 $(VENV_NATIVE)/bin/python -m pytest
 
-.PHONY: demo test test-native bench-train check format clean
+.PHONY: demo test test-native bench-train bench-serve check format clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/python -m sgtriton demo --out $(OUT)
@@ -30,6 +30,11 @@ bench-train: $(VENV)/.test $(VENV_NATIVE)/.test
 	OMP_NUM_THREADS=2 $(VENV)/bin/python -m bench training
 	OMP_NUM_THREADS=2 TRITON_INTERPRET=0 PYTHONPATH=.:kernels \
 	    $(VENV_NATIVE)/bin/python -m bench bandwidth
+	$(VENV)/bin/python -m bench report
+
+# a pruned layer served beside the dense one and other libraries
+bench-serve: $(VENV)/.test $(VENV)/.peers
+	OMP_NUM_THREADS=2 $(VENV)/bin/python -m bench serving
 	$(VENV)/bin/python -m bench report
 
 check: $(VENV)/.test

@@ -5,18 +5,20 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from . import bandwidth, training
+from . import bandwidth, serving, training
 from .accuracy import Row
 from .rows import RESULTS, read
 
 PAGE = Path(__file__).parents[1] / "README_BENCH.md"
+README = Path(__file__).parents[1] / "README.md"
+_MARKS = "<!-- serving: written by `python -m bench report` -->\n", "<!-- end of serving -->\n"
 
 _HEAD = """# Measurements
 
 Written by `python -m bench report` from the CSVs in `bench/results`; edit neither by hand. Every
 figure was measured, beside what it is compared with; what is not here was not measured.
 
-**Not measured yet:** anything on a GPU; speed of serving against other libraries.
+**Not measured yet:** anything on a GPU.
 """
 
 _ACCURACY = """
@@ -40,6 +42,19 @@ parameters. Per-weight gates: half are closed; blocks: {closed:.0%}. Each thread
 buffer between calls (the largest weight's size, or 8 MiB beside inputs and outputs of 512 rows),
 which is in no column. Gates and their optimizer state come on top: 4 bytes a gate, its gradient 4,
 Adam's moments 8. Rerun: `make bench-train`.
+
+"""
+
+_SERVING = """
+## Serving a pruned linear layer
+
+A layer without bias, blocks of its weight 0 at random, made sparse by `sgtriton.sparsify` (which
+chooses a form for each bucket of M by timing) and called under `torch.inference_mode`; {threads}
+threads of {cpu}, PyTorch {torch}, commit {commit}. Speed-up over the dense layer: `F.linear`, for
+bf16 the faster of bf16 and of a copy of the weight in fp32. Geometric means over (N, K) =
+{shapes}, of cells whose dense time is {counted} ms or more; the ideal is 1 / density. Peers, in the
+same turns: PyTorch's BSR product, scipy's, onnxruntime's dense one (fp32 only; its threads do not
+spin between calls). Rerun: `make bench-serve`. All cells: `bench/results/serving.csv`.
 
 """
 
@@ -94,6 +109,45 @@ def accuracy_table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def serving_cells() -> list[serving.Cell]:
+    """What was measured of serving."""
+    return serving.cells(read(RESULTS / "serving.csv", serving.Row))
+
+
+def _serving(found: list[serving.Cell]) -> str:
+    row = read(RESULTS / "serving.csv", serving.Row)[0]
+    text = _SERVING.format(
+        **vars(row),
+        shapes=", ".join(map(str, serving.SHAPES)),
+        counted=serving.COUNTED_MS,
+    )
+    for dtype in dict.fromkeys(c.dtype for c in found):
+        text += f"{dtype}:\n\n{serving.speedups_table(found, dtype)}\n\n"
+        for block in serving.BLOCKS:
+            group = [c for c in found if (c.dtype, c.block) == (dtype, block)]
+            if group:
+                worst = min(c.speedup for c in group)
+                text += (
+                    f"Block {block}: {serving.mean_share(group):.2f} of the ideal; "
+                    f"slowest cell {worst:.2f} of dense.\n"
+                )
+        text += "\n"
+    return (
+        text
+        + f"Cells behind dense, or behind a peer by more than 5 %:\n\n{serving.losses(found)}\n"
+    )
+
+
+def readme_with_tables(text: str) -> str:
+    """README.md with its table of serving as the results give it."""
+    begin, end = _MARKS
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise ValueError("README.md must hold the marks of its serving table once")
+    before, rest = text.split(begin)
+    table = serving.speedups_table(serving_cells(), "float32")
+    return before + begin + table + "\n" + end + rest.split(end)[1]
+
+
 def page() -> str:
     """The whole page, from what the results folder holds."""
     text = _HEAD
@@ -110,6 +164,8 @@ def page() -> str:
     if steps := read(RESULTS / "training.csv", training.Row):
         text += _TRAINING.format(**vars(steps[0]) | {"closed": training.CLOSED})
         text += training_table(steps) + "\n"
+    if cells := serving_cells():
+        text += _serving(cells)
     if rates := read(RESULTS / "bandwidth.csv", bandwidth.Row):
         text += _BANDWIDTH.format(**vars(rates[0])) + bandwidth_table(rates) + "\n"
     return text
@@ -117,11 +173,15 @@ def page() -> str:
 
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add ``report`` to the command line."""
-    command = commands.add_parser("report", help="write README_BENCH.md from the CSVs")
+    command = commands.add_parser(
+        "report", help="write README_BENCH.md, and README.md's table, from the CSVs"
+    )
     command.set_defaults(run=_run)
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    readme = readme_with_tables(README.read_text(encoding="utf-8"))
     PAGE.write_text(page(), encoding="utf-8")
-    print(f"wrote {PAGE.name}")
+    README.write_text(readme, encoding="utf-8")
+    print(f"wrote {PAGE.name} and the serving table of {README.name}")
     return 0

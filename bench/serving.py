@@ -253,6 +253,41 @@ def mean_share(found: Iterable[Cell]) -> float:
     return statistics.geometric_mean(shares) if shares else math.nan
 
 
+def speedups_table(found: Iterable[Cell], dtype: str) -> str:
+    """A Markdown table for readers: geometric means over the shapes, by block and sparsity."""
+    found = [c for c in found if c.dtype == dtype]
+    lines = [
+        "| block | sparsity | " + " | ".join(f"M = {m}" for m in ROWS) + " | of the ideal |",
+        "|---" * (len(ROWS) + 3) + "|",
+    ]
+    for block, sparsity in itertools.product(BLOCKS, SPARSITIES):
+        group = [c for c in found if (c.block, c.sparsity) == (block, sparsity)]
+        if not group:
+            continue
+        means = []
+        for m in ROWS:
+            speedups = [c.speedup for c in group if m == c.M and c.dense_ms >= COUNTED_MS]
+            means.append(f"{statistics.geometric_mean(speedups):.2f}" if speedups else "-")
+        share = mean_share(group)
+        lines.append(f"| {block}x{block} | {sparsity:.0%} | {' | '.join(means)} | {share:.2f} |")
+    return "\n".join(lines)
+
+
+def losses(found: Iterable[Cell]) -> str:
+    """A Markdown list of the cells that are behind: dense, or a peer by more than 5 %."""
+    lines = []
+    for c in found:
+        cell = f"{c.dtype}, block {c.block}, {c.sparsity:.0%}, (M, N, K) = ({c.M}, {c.N}, {c.K})"
+        if c.speedup < 0.97:
+            lines.append(f"- {cell}: {c.speedup:.2f} of dense ({c.dense_ms:.2f} ms)")
+        if c.ahead > 0.05:
+            lines.append(
+                f"- {cell}: {c.best_peer} ahead by {c.ahead:.0%} "
+                f"({c.dense_ms / c.speedup:.3f} ms against dense {c.dense_ms:.3f} ms)"
+            )
+    return "\n".join(lines) or "- none"
+
+
 def table(rows: list[Row]) -> str:
     """The cells for a terminal, and what they say in all."""
     found = cells(rows)

@@ -1,0 +1,72 @@
+import dataclasses
+
+import pytest
+import torch
+from sgtriton_kernels import BlockSparse
+from torch import nn
+
+import sgtriton
+from bench import report, rows, serving
+
+
+def cell_rows(m=5):
+    torch.manual_seed(0)
+    dense = serving.pruned_layer(64, 96, 16, 0.5, torch.float32)
+    weight = dense.weight.detach()
+    matrix = BlockSparse.from_dense(weight, (16, 16))
+    model = sgtriton.sparsify(nn.Sequential(dense), form="sparse", block=(16, 16))
+    return serving.measure(model[0], weight, matrix, m, 0.5, seconds=0.01)
+
+
+def test_pruned_layers_have_the_sparsity_asked_for():
+    layer = serving.pruned_layer(64, 96, 16, 0.75, torch.bfloat16)
+    assert BlockSparse.from_dense(layer.weight.detach(), (16, 16)).nnz == 6
+    assert layer.weight.dtype == torch.bfloat16
+
+
+def test_rows_survive_the_csv(tmp_path):
+    measured = cell_rows()
+    for row in measured:
+        rows.append(tmp_path / "serving.csv", row)
+    assert rows.read(tmp_path / "serving.csv", serving.Row) == measured
+    names = [row.candidate for row in measured]
+    assert names[0] == "dense"
+    assert {"sgtriton", "sgtriton, product over blocks", "torch.sparse BSR"} <= set(names)
+    assert min(row.ratio for row in measured if row.candidate in serving.DENSE) == 1
+    assert "float32, block 16" in serving.table(measured)
+
+
+def test_cells_say_who_was_faster():
+    template = cell_rows()[0]
+
+    def row(candidate, ms, ratio):
+        return dataclasses.replace(
+            template, candidate=candidate, ms_p50=ms, ratio=ratio, density=0.5, form="sparse"
+        )
+
+    (cell,) = serving.cells(
+        [row("dense", 2.0, 1.0), row("sgtriton", 1.25, 0.625), row("torch.sparse BSR", 1.0, 0.5),
+         row("scipy BSR", 3.0, 1.5)]
+    )  # fmt: skip
+    assert cell.dense_ms == pytest.approx(2.0)
+    assert cell.speedup == pytest.approx(1.6)
+    assert cell.share == pytest.approx(0.8)
+    assert (cell.best_peer, cell.ahead) == ("torch.sparse BSR", pytest.approx(0.25))
+    assert "ahead by 25%" in serving.losses([cell])
+    assert "of dense" not in serving.losses([cell])
+    assert serving.losses([dataclasses.replace(cell, ahead=0.0)]) == "- none"
+    assert "0.90 of dense" in serving.losses([dataclasses.replace(cell, speedup=0.9)])
+    short = dataclasses.replace(cell, dense_ms=0.1, share=0.01)
+    assert serving.mean_share([cell, short]) == pytest.approx(0.8)
+
+
+def test_a_wrong_result_is_not_timed():
+    x = torch.ones(3)
+    with pytest.raises(ValueError, match="a peer is wrong"):
+        serving._check("a peer", x + 1, x)
+    serving._check("a peer", x, x)
+
+
+def test_table_of_the_readme_is_what_the_results_give():
+    text = report.README.read_text(encoding="utf-8")
+    assert report.readme_with_tables(text) == text
