@@ -87,7 +87,13 @@ class Variant:
 
 
 def launch_of(run: Callable[[], object]) -> Launch:
-    """The launch of a kernel that ``run`` asks for; nothing runs on a device."""
+    """The one launch of a kernel that ``run`` asks for; nothing runs on a device."""
+    (launch,) = launches_of(run)
+    return launch
+
+
+def launches_of(run: Callable[[], object]) -> list[Launch]:
+    """The launches of kernels that ``run`` asks for, in turn; nothing runs on a device."""
     from triton.runtime.jit import JITFunction
 
     launches: list[Launch] = []
@@ -114,8 +120,7 @@ def launch_of(run: Callable[[], object]) -> Launch:
 
     with mock.patch.object(JITFunction, "run", record):
         run()
-    (launch,) = launches
-    return launch
+    return launches
 
 
 def variants() -> list[Variant]:
@@ -273,36 +278,72 @@ def _gated_product(
 
 
 def _bsr_linear() -> Iterator[Variant]:
-    for dtype, sides in ((torch.bfloat16, (16, 32, 64, 128)), (torch.float32, (32, 64))):
+    bf16, fp32 = torch.bfloat16, torch.float32
+    for dtype, sides in ((bf16, (16, 32, 64, 128)), (fp32, (32, 64))):
         for side in sides:
+            for m in (1, 8, *ROWS):
+                yield from _bsr_product("fwd", dtype, (side, side), m)
             for m in ROWS:
-                yield _bsr_product(dtype, side, m)
+                yield from _bsr_product("dx", dtype, (side, side), m)
+            for m in ROWS[2:]:
+                yield from _bsr_product("dvalues", dtype, (side, side), m)
+    for which in ("fwd", "dx", "dvalues"):
+        for block in ((16, 64), (128, 32)):
+            yield from _bsr_product(which, bf16, block, 512)
+        for dtype in (bf16, fp32):
+            for m in ROWS[::3]:
+                yield from _bsr_product(which, dtype, (64, 64), m, size=SIZE - 1)
+    for candidate in tiles.BSR_LINEAR_CANDIDATES:
+        m = candidate.tile.BLOCK_M
+        yield from _bsr_product("fwd", bf16, (64, 64), m, candidate.tile)
 
 
-def _bsr_product(dtype: torch.dtype, side: int, m: int) -> Variant:
-    rows, nnz = SIZE // side, SIZE // side * 8
-    x2, values = _empty(m, SIZE, dtype=dtype), _empty(nnz, side, side, dtype=dtype)
+def _bsr_product(
+    which: str,
+    dtype: torch.dtype,
+    block: tuple[int, int],
+    m: int,
+    tile: tiles.BsrTile | None = None,
+    size: int = SIZE,
+) -> Iterator[Variant]:
+    """The launches of a pass whose weight has an eighth of its blocks."""
+    rows, cols = (-(-size // side) for side in block)
+    nnz, aligned = rows * cols // 8, size % 16 == 0
+    if tile is None:
+        tile = tiles.tile_for_bsr_linear(which, m, size, size, block, nnz, dtype, aligned)
+    x2, dy2 = _empty(m, size, dtype=dtype), _empty(m, size, dtype=dtype)
+    values, bias = _empty(nnz, *block, dtype=dtype), _empty(size, dtype=dtype)
     index = functools.partial(_empty, dtype=torch.int32)
-    tile = tiles.tile_for_bsr_linear("fwd", m, SIZE, SIZE, (side, side), nnz, dtype)
-    launch = launch_of(
-        functools.partial(
-            bsr_product.bsr_linear_fwd,
-            x2, values, index(rows + 1), index(nnz + 1), index(rows),
-            _empty(SIZE, dtype=dtype), None, SIZE, "gelu", tile,
-        )
-    )  # fmt: skip
+    crow, ccol, order = index(rows + 1), index(cols + 1), index(rows)
+    col, row, perm = index(nnz + 1), index(nnz + 1), index(nnz)
+    run = {
+        "fwd": lambda: bsr_product.bsr_linear_fwd(
+            x2, values, crow, col, order, bias, dy2, size, "gelu", tile
+        ),
+        "dx": lambda: bsr_product.bsr_linear_dx(dy2, values, ccol, row, perm, size, tile),
+        "dvalues": lambda: bsr_product.bsr_linear_dvalues(dy2, x2, values, row, col, perm, tile),
+    }[which]
+    launch, *later = launches_of(run)
     flags = launch.constexprs
     block_m, block_n, block_k = flags["BLOCK_M"], flags["BLOCK_N"], flags["BLOCK_K"]
-    return Variant(
-        "bsr_linear",
-        _name(_TYPES[dtype], f"{side}x{side}"),
-        f"n{block_n} m{block_m} k{block_k} s{launch.num_stages} w{launch.num_warps}",
-        launch,
-        rows=(m,),
-        product=Product(
-            half=dtype.itemsize == 2,
-            left_rows=block_m,
-            left_direct=False,
-            copies=tuple(side * block_k * dtype.itemsize for side in (block_m, block_n)),
-        ),
+    if which == "dvalues":
+        left, right, depth = block_n, block_k, block_m
+    else:
+        out, depth = (block_n, block_k) if which == "fwd" else (block_k, block_n)
+        left, right = (out, block_m) if tile.form == "weight_left" else (block_m, out)
+    product = None
+    if tile.form != "vector":
+        copies = tuple(side * depth * dtype.itemsize for side in (left, right))
+        product = Product(dtype.itemsize == 2, left, False, copies if aligned else ())
+    name = _name(
+        _TYPES[dtype],
+        "x".join(map(str, block)),
+        *([] if which == "dvalues" else [tile.form.replace("_", " ")]),
+        *([] if aligned else ["not aligned"]),
     )
+    text = f"n{block_n} m{block_m} k{block_k} s{launch.num_stages} w{launch.num_warps}"
+    text += f" split {tile.split}" * (tile.split > 1)
+    yield Variant(f"bsr_linear {which}", name, text, launch, rows=(m,), product=product)
+    for sums in later:  # of programs that share a block row
+        text = f"{sums.constexprs['BLOCK_N']} of {sums.constexprs['SPLIT']}"
+        yield Variant("bsr_linear sums", _TYPES[dtype], text, sums, rows=(m,))

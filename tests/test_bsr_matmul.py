@@ -1,21 +1,15 @@
 """``bsr_linear``: values, refusals, compilation, and what the compiler makes of the kernel."""
 
-import ast
-import inspect
-import mmap
-import re
-
 import pytest
 import torch
 import torch.nn.functional as F
-from cards import CARDS, compile_for
 from helpers import DTYPES, assert_exact, assert_within_twice, integers, layouts, poisoned
-from sgtriton_kernels import bsr_matmul, bsr_product
+from sgtriton_kernels import bsr_matmul
 from sgtriton_kernels._impl import use_impl
 from sgtriton_kernels._triton import INTERPRETED, why_not_triton
 from sgtriton_kernels.bsr import BlockSparse
 from sgtriton_kernels.bsr_matmul import bsr_linear, bsr_linear_ref
-from sgtriton_kernels.tiles import BSR_LINEAR_CANDIDATES, BsrTile, tile_for_bsr_linear
+from sgtriton_kernels.tiles import BsrTile
 from test_bsr import patterns
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
@@ -239,56 +233,6 @@ def test_default_tile_gives_right_values(impl, device):
     w = sparse(64, 64, (32, 32), make=integers, device=device)
     x = integers(20, 64, device=device)
     assert_exact("out", bsr_linear(x, w, impl=impl), bsr_linear_ref(x, w))
-
-
-@pytest.mark.parametrize("which", ["x", "values"])
-def test_offsets_beyond_32_bits(which, device):
-    """The kernel itself, on buffers of which only a few pages exist."""
-    if (reason := why_not_triton(device)) or device.type != "cpu":
-        pytest.skip(reason or "needs memory that is not there")
-    x, values = integers(4, 16), integers(1, 16, 16)
-    crow, col = torch.tensor([0, 1]).int(), torch.tensor([0, 0]).int()
-    far = 3 << 30
-    try:
-        buffer = mmap.mmap(-1, 4 * (far + 256), flags=mmap.MAP_PRIVATE | 0x4020)  # no reserve
-    except OSError as error:
-        pytest.skip(f"no address space: {error}")
-    expected = x @ values[0].T
-    huge = torch.frombuffer(buffer, dtype=torch.float32)
-    if which == "x":
-        huge = huge.as_strided((4, 16), (1 << 30, 1))
-        huge.copy_(x)
-        x = huge
-    else:
-        first = far // 256
-        huge = huge.view(-1, 16, 16)
-        huge[first] = values[0]
-        values = huge
-        crow, col = torch.tensor([first, first + 1]).int(), torch.zeros(first + 2).int()
-    row_order = torch.zeros(1, dtype=torch.int32)
-    out = bsr_product.bsr_linear_fwd(x, values, crow, col, row_order, None, None, 16, "none", TILE)
-    assert_exact("out", out, expected)
-
-
-def test_fp32_precision_follows_the_switch_of_pytorch(device, monkeypatch):
-    launches = []
-
-    class Recorder:
-        def __getitem__(self, grid):
-            return lambda *args, **kwargs: launches.append(kwargs["PRECISION"])
-
-    monkeypatch.setattr(bsr_product, "_bsr_product_kernel", Recorder())
-    w, x = sparse(16, 16), torch.ones(2, 16)
-    row_order = torch.zeros(1, dtype=torch.int32)
-    try:
-        for allow in (False, True):
-            torch.backends.cuda.matmul.allow_tf32 = allow
-            bsr_product.bsr_linear_fwd(
-                x, w.values, w.crow, w.col, row_order, None, None, 16, "none", TILE
-            )
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = False
-    assert launches == ["ieee", "tf32" if torch.version.hip is None else "ieee"]
 
 
 @pytest.mark.parametrize(
@@ -532,108 +476,3 @@ def test_flops_count_stored_weights(device):
     with FlopCounterMode(display=False) as counter:
         bsr_linear(torch.ones(2, 5, 96, device=device), w, impl="torch")
     assert counter.get_total_flops() == 2 * 10 * w.nnz * 256
-
-
-def kernel_functions():
-    tree = ast.parse(inspect.getsource(bsr_product))
-    return [f for f in tree.body if isinstance(f, ast.FunctionDef) and f.name.endswith("_kernel")]
-
-
-def test_every_masked_load_has_a_fill_value():
-    loads = [
-        node
-        for function in kernel_functions()
-        for node in ast.walk(function)
-        if isinstance(node, ast.Call) and ast.unparse(node.func) == "tl.load"
-    ]
-    masked = [{k.arg for k in load.keywords} for load in loads]
-    masked = [names for names in masked if "mask" in names]
-    assert masked
-    assert all("other" in names for names in masked)
-
-
-def test_no_size_or_stride_is_specialised():
-    for function in kernel_functions():
-        (decorator,) = function.decorator_list
-        assert isinstance(decorator, ast.Call)
-        declared = ast.literal_eval(decorator.keywords[0].value)
-        sizes = [
-            arg.arg
-            for arg in function.args.args
-            if arg.annotation is None and not arg.arg.endswith("_ptr")
-        ]
-        assert declared == sizes
-
-
-def test_tiles_are_legal():
-    names = [candidate.name for candidate in BSR_LINEAR_CANDIDATES]
-    assert len(set(names)) == len(names)
-    for dtype in DTYPES:
-        for bn in (16, 32, 64, 128, 256):
-            for bk in (16, 32, 64, 128, 256):
-                for m in (0, 1, 16, 17, 63, 128, 1 << 20):
-                    tile = tile_for_bsr_linear("fwd", m, 512, 512, (bn, bk), 64, dtype)
-                    assert tile.BLOCK_M in (16, 32, 64, 128)
-                    assert min(m, 32) <= tile.BLOCK_M
-                    assert 16 <= tile.BLOCK_K <= bk
-                    assert 2 <= tile.num_stages <= 4
-                    assert stage_bytes(tile, bn, dtype) * tile.num_stages <= 96 * 1024
-
-
-def stage_bytes(tile: BsrTile, bn: int, dtype: torch.dtype) -> int:
-    return (tile.BLOCK_M + min(bn, tile.BLOCK_N)) * tile.BLOCK_K * dtype.itemsize
-
-
-def compiled(card, m, block, dtype, aligned=True):
-    """The kernel for ``card`` with the tile that ships."""
-    tile = tile_for_bsr_linear("fwd", m, 4096, 4096, block, 4096, dtype)
-    element = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}[dtype]
-    signature = (
-        dict.fromkeys(("x_ptr", "values_ptr", "bias_ptr", "residual_ptr", "out_ptr"), element)
-        | dict.fromkeys(("crow_ptr", "col_ptr", "row_order_ptr"), "*i32")
-        | dict.fromkeys(("M", "N", "K"), "i32")
-        | dict.fromkeys(("stride_xm", "stride_xk"), "i32")
-    )
-    constexprs = {
-        "HAS_BIAS": True, "HAS_RESIDUAL": True, "ACTIVATION": "gelu",
-        "ALIGNED_X": aligned, "ALIGNED_OUT": aligned,
-        "SOFT_BF16": False, "PRECISION": "ieee", "BN": block[0], "BK": block[1],
-        "BLOCK_M": tile.BLOCK_M, "BLOCK_N": min(block[0], tile.BLOCK_N), "BLOCK_K": tile.BLOCK_K,
-    }  # fmt: skip
-    kernel = bsr_product._bsr_product_kernel
-    return tile, compile_for(card, kernel, signature, constexprs, tile.num_warps, tile.num_stages)
-
-
-@pytest.mark.compiles
-@pytest.mark.parametrize("card", CARDS, ids=lambda card: str(card[1]))
-def test_kernel_compiles_for_every_card(card):
-    for m, block, dtype in (
-        (1, (64, 64), torch.bfloat16), (512, (64, 64), torch.bfloat16),
-        (32, (16, 16), torch.float16),
-        (1, (128, 128), torch.bfloat16), (512, (128, 128), torch.float16),
-        (512, (64, 64), torch.float32),
-    ):  # fmt: skip
-        tile, code = compiled(card, m, block, dtype)
-        case = f"{m} {block} {dtype} {tile}: {code.registers} registers, {code.shared} bytes"
-        assert code.spills == 0, case
-        assert code.shared <= (64 if card[0] == "hip" else 99) * 1024, case
-        if dtype != torch.float32:
-            assert code.matrix_instruction, case
-        if card[0] == "cuda":
-            # copies of sixteen bytes, or of all that there is for a thread
-            sizes = re.findall(
-                r"cp\.async\.c[ag]\.shared\.global \[[^]]*\], \[[^]]*\], (\w+)", code.assembly
-            )
-            row = tile.BLOCK_K * dtype.itemsize
-            threads = 32 * tile.num_warps
-            expected = {min(16, n * row // threads) for n in (tile.BLOCK_M, min(block[0], 128))}
-            assert {int(size, 0) for size in sizes} == expected, case
-            # the pipeline's depth; where products read registers one stage less is stored
-            assert code.shared >= (tile.num_stages - 1) * stage_bytes(tile, block[0], dtype), case
-
-
-@pytest.mark.compiles
-def test_any_stride_compiles_without_spills():
-    _, code = compiled(("cuda", 80, 32), 512, (64, 64), torch.float16, aligned=False)
-    assert code.spills == 0
-    assert code.matrix_instruction

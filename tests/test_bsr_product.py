@@ -1,17 +1,24 @@
 """Products with a block-sparse weight: values in every form, hostile memory, compiled code."""
 
+import ast
+import inspect
+import itertools
 import mmap
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from cards import CARDS
 from helpers import DTYPES, assert_exact, assert_within_twice, integers, layouts, poisoned
-from sgtriton_kernels._triton import INTERPRETED, why_not_triton
+from sgtriton_kernels import bsr_product
+from sgtriton_kernels._triton import INTERPRETED, is_native, why_not_triton
 from sgtriton_kernels.bsr import BlockSparse
 from sgtriton_kernels.bsr_product import bsr_linear_dvalues, bsr_linear_dx, bsr_linear_fwd
-from sgtriton_kernels.tiles import BsrTile
+from sgtriton_kernels.tiles import BSR_LINEAR_CANDIDATES, BsrTile, tile_for_bsr_linear
 from test_bsr import patterns
+
+from bench import compile_report, variants
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 # small: quick to compile natively
@@ -302,3 +309,141 @@ def test_offsets_beyond_32_bits(form, which, device):
             starts = torch.tensor([0, 1]).int()
         out = bsr_linear_dx(used, values, starts, index, perm, 16, tile)
         assert_exact("dx", out, x @ dense)
+
+
+@pytest.mark.parametrize("which", ["fwd", "dx", "dvalues"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_default_tiles_give_right_values(which, dtype, device):
+    for shape in ((1, 64, 96), (5, 40, 70), (20, 64, 96)):
+        case = Case(shape, (16, 32), some(shape, (16, 32)), dtype, device)
+        m, n, k = shape
+        tile = tile_for_bsr_linear(
+            which, m, n, k, (16, 32), case.w.nnz, dtype, k % 16 == 0, is_native(device)
+        )
+        if which == "fwd":
+            assert_exact(str(shape), case.fwd(tile), case.y64())
+        elif which == "dx":
+            assert_exact(str(shape), case.dx(tile), case.dx64())
+        else:
+            assert_exact(str(shape), case.dvalues(tile), case.dvalues64())
+
+
+def test_candidates_have_names_and_packed_tiles_come_back():
+    names = [candidate.name for candidate in BSR_LINEAR_CANDIDATES]
+    assert len(set(names)) == len(names)
+    for tile in (candidate.tile for candidate in BSR_LINEAR_CANDIDATES):
+        assert all(type(number) is int for number in tile.pack())
+        assert BsrTile.unpack(tile.pack()) == tile
+
+
+def test_tiles_are_legal():
+    sides, sizes = (16, 32, 64, 128, 256), (0, 1, 7, 16, 17, 63, 128, 1 << 20)
+    for dtype, bn, bk, m in itertools.product(DTYPES, sides, sides, sizes):
+        for which, aligned in itertools.product(("fwd", "dx", "dvalues"), (True, False)):
+            tile = tile_for_bsr_linear(which, m, 512, 512, (bn, bk), 64, dtype, aligned)
+            n, rows, k = tile.BLOCK_N, tile.BLOCK_M, tile.BLOCK_K
+            assert 16 <= n <= min(bn, 128)
+            assert 16 <= k <= min(bk, 128)
+            assert 2 <= tile.num_stages <= 4
+            if tile.form == "vector":
+                assert which == "fwd"
+                assert max(m, 1) <= rows <= 8
+                continue
+            assert rows in (16, 32, 64, 128)
+            step = {"fwd": (n + rows) * k, "dx": (k + rows) * n, "dvalues": (n + k) * rows}[which]
+            assert step * dtype.itemsize * tile.num_stages <= 96 * 1024
+            assert tile.split in (1, 2, 4, 8)
+            assert tile.split == 1 or (m <= 256 and which != "dvalues")
+
+
+def test_few_programs_share_long_rows():
+    def split(m, nnz, block=(64, 64)):
+        tile = tile_for_bsr_linear("fwd", m, 4096, 4096, block, nnz, BF16)
+        return tile.form, tile.split
+
+    assert split(16, 64 * 64) == ("weight_left", 4)  # 64 programs of 64 steps
+    assert split(16, 64 * 16) == ("weight_left", 2)
+    assert split(16, 64 * 8) == ("weight_left", 1)
+    assert split(128, 64 * 64)[0] == "x_left"
+    assert split(4096, 64 * 64) == ("x_left", 1)
+    assert split(8, 64 * 64) == ("vector", 1)
+
+
+def kernel_functions():
+    tree = ast.parse(inspect.getsource(bsr_product))
+    return [f for f in tree.body if isinstance(f, ast.FunctionDef) and f.name.endswith("_kernel")]
+
+
+def test_no_size_or_stride_is_specialised():
+    for function in kernel_functions():
+        (decorator,) = function.decorator_list
+        assert isinstance(decorator, ast.Call)
+        declared = ast.literal_eval(decorator.keywords[0].value)
+        sizes = [
+            arg.arg
+            for arg in function.args.args
+            if arg.annotation is None and not arg.arg.endswith("_ptr")
+        ]
+        assert declared == sizes
+
+
+def test_fp32_precision_follows_the_switch_of_pytorch(device, monkeypatch):
+    launches = []
+
+    class Recorder:
+        def __getitem__(self, grid):
+            return lambda *args, **kwargs: launches.append(kwargs["PRECISION"])
+
+    monkeypatch.setattr(bsr_product, "_bsr_product_kernel", Recorder())
+    w, x = BlockSparse.from_dense(torch.ones(16, 16), (16, 16)), torch.ones(2, 16)
+    row_order = torch.zeros(1, dtype=torch.int32)
+    try:
+        for allow in (False, True):
+            torch.backends.cuda.matmul.allow_tf32 = allow
+            bsr_product.bsr_linear_fwd(
+                x, w.values, w.crow, w.col, row_order, None, None, 16, "none", TILE
+            )
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
+    assert launches == ["ieee", "tf32" if torch.version.hip is None else "ieee"]
+
+
+def shipped(which, dtype, block, m, **change):
+    """The launches of a pass with the tile that ships."""
+    return list(variants._bsr_product(which, dtype, block, m, **change))
+
+
+@pytest.mark.compiles
+@pytest.mark.parametrize("card", CARDS, ids=lambda card: str(card[1]))
+def test_kernels_compile_for_every_card(card):
+    target = next(name for name, found in compile_report.TARGETS.items() if found == card)
+    chosen = [
+        *shipped("fwd", BF16, (64, 64), 8),
+        *shipped("fwd", BF16, (64, 64), 16),  # the weight on the left, split sums
+        *shipped("fwd", FP16, (64, 64), 512),
+        *shipped("fwd", FP16, (16, 16), 128),
+        *shipped("fwd", FP32, (64, 64), 512),
+        *shipped("fwd", FP16, (64, 64), 512, size=4095),
+        *shipped("dx", BF16, (64, 64), 16),
+        *shipped("dx", BF16, (128, 128), 512),
+        *shipped("dvalues", BF16, (64, 64), 512),
+    ]
+    for variant, row in zip(chosen, compile_report.report(chosen, [target], 1), strict=True):
+        case = f"{variant.op} {variant.name} {variant.tile}"
+        assert row.violations == "", case
+        if variant.product and variant.product.copies and target.startswith("sm_"):
+            # the pipeline's depth; where products read registers one stage less is stored
+            stages = variant.launch.num_stages
+            assert stages is not None
+            assert row.buffers in (f"{stages} {stages}", f"{stages - 1} {stages - 1}"), case
+
+
+@pytest.mark.compiles
+@pytest.mark.parametrize("form", ["x_left", "weight_left", "vector"])
+def test_deep_pipelines_keep_their_depth(form):
+    tile = BsrTile(16 if form == "vector" else 64, 1 if form == "vector" else 16, 64, 8, 4, form)
+    (variant,) = shipped("fwd", BF16, (64, 64), 16, tile=tile)
+    for row in compile_report.report([variant], ["sm_80", "sm_90"], 1):
+        assert row.buffers in ("7 7", "8 8")
+        assert row.copy == "16"
+        assert row.spills == 0

@@ -17,7 +17,8 @@ def run(*arguments):
 def test_every_op_that_ships_is_there():
     found = variants()
     assert {variant.op for variant in found} == {
-        "gate_weight", "gate_weight bwd", "gate_penalties", "pack_gates", "bsr_linear",
+        "gate_weight", "gate_weight bwd", "gate_penalties", "pack_gates",
+        "bsr_linear fwd", "bsr_linear dx", "bsr_linear dvalues", "bsr_linear sums",
         "fused fwd", "fused dx", "fused dw", "skip fwd", "skip dx", "skip dw",
     }  # fmt: skip
     keys = [(v.op, repr(v.launch)) for v in found]
@@ -50,8 +51,12 @@ def test_report_shows_and_writes_what_was_compiled(tmp_path, capsys):
 @pytest.mark.compiles
 def test_report_reads_products(monkeypatch, capsys):
     chosen = [
-        next(v for v in variants() if v.op == op and v.product.half and max(v.rows) > 64)
-        for op in ("fused fwd", "bsr_linear")
+        next(
+            v
+            for v in variants()
+            if v.op == op and v.product and v.product.half and max(v.rows) > 64
+        )
+        for op in ("fused fwd", "bsr_linear fwd")
     ]
     gated, blocks = compile_report.report(chosen, ["sm_90"], jobs=1)
     assert (gated.instruction, gated.left) == ("wgmma", "registers")

@@ -151,22 +151,29 @@ def _product(
     if split > 1:
         sums = torch.empty(split, m, size, dtype=torch.float32, device=x2.device)
     grid = (triton.cdiv(m, tile.BLOCK_M) * (len(starts) - 1) * parts * split,)
+    # its columns are what the CPU compiler makes vectors of, and a mask costs it more than a copy
+    columns = is_native(x2.device) and tile.form == "weight_left" and not transposed
+    x, strides = x2, _strides(x2)
+    if columns:
+        x, strides = _padded_columns(x2, tile.BLOCK_M, bk)
     with device_of(x2):
         _bsr_product_kernel[grid](
-            x2,
+            x,
             values,
             starts, index, perm, order,
             *(added if split == 1 else (None, None)),
             sums,
             m, size, red,
-            *_strides(x2),
+            *strides,
             TRANSPOSED=transposed,
             WEIGHT_LEFT=tile.form == "weight_left",
             SPLIT=split,
             HAS_BIAS=bias is not None and split == 1,
             HAS_RESIDUAL=residual2 is not None and split == 1,
             ACTIVATION=activation if split == 1 else "none",
-            ALIGNED_X=is_aligned(x2), ALIGNED_OUT=size % 16 == 0,
+            EVEN_RED=red % (bn if transposed else bk) == 0,
+            ALIGNED_X=is_aligned(x2) and not columns, X_COLUMNS=columns,
+            ALIGNED_OUT=size % 16 == 0,
             SOFT_BF16=soft_bf16(x2.dtype, x2.device),
             PRECISION=dot_precision(),
             BN=bn, BK=bk,
@@ -244,6 +251,19 @@ def _add_up(
     return out
 
 
+def _padded_columns(
+    x2: torch.Tensor, block_m: int, side: int
+) -> tuple[torch.Tensor, tuple[int, int]]:
+    """``x2 [M, K]`` stored by columns, padded with zeros to whole tiles; and its strides."""
+    (m, k), align = x2.shape, max(16, block_m)
+    rows, cols = triton.cdiv(m, align) * align, triton.cdiv(k, side) * side
+    if (m, k) == (rows, cols):
+        return x2.T.contiguous(), (1, rows)
+    out = torch.zeros(cols, rows, dtype=x2.dtype, device=x2.device)
+    out[:k, :m] = x2.T
+    return out, (1, rows)
+
+
 def _strides(t: torch.Tensor) -> tuple[int, int]:
     """Of a matrix; the one between rows is free where there is one row only."""
     return (t.stride(0) if len(t) > 1 else t.shape[1]), t.stride(1)
@@ -314,7 +334,9 @@ def _bsr_product_kernel(
     SPLIT: tl.constexpr,  # programs that share a list of blocks
     HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    EVEN_RED: tl.constexpr,  # RED is a multiple of the block's side
     ALIGNED_X: tl.constexpr,  # stride_xr is 1; stride_xm and RED are multiples of 16
+    X_COLUMNS: tl.constexpr,  # x is stored by columns, padded to whole tiles
     ALIGNED_OUT: tl.constexpr,  # OUT is a multiple of 16
     SOFT_BF16: tl.constexpr,  # bf16 by hand, where the compiler does not do it right
     PRECISION: tl.constexpr,
@@ -327,6 +349,9 @@ def _bsr_product_kernel(
         RED = RED // 16 * 16
         stride_xm = stride_xm // 16 * 16
         stride_xr = 1
+    if X_COLUMNS:
+        stride_xr = stride_xr // 16 * 16
+        stride_xm = 1
     if ALIGNED_OUT:
         OUT = OUT // 16 * 16
     if TRANSPOSED:
@@ -361,7 +386,6 @@ def _bsr_product_kernel(
         length = tl.cdiv(end - start, SPLIT)
         start = tl.minimum(start + share.to(tl.int32) * length, end)
         end = tl.minimum(start + length, end)
-    x_row_ptrs = x_ptr + offs_m[:, None] * stride_xm
     if WEIGHT_LEFT:
         acc = tl.zeros((BLOCK_OUT, BLOCK_M), dtype=tl.float32)
     else:
@@ -376,10 +400,17 @@ def _bsr_product_kernel(
         offs_br = (i % STEPS) * BLOCK_RED + tl.arange(0, BLOCK_RED)  # inside  # pyright: ignore
         offs_r = index.to(tl.int64) * SIDE_RED + offs_br
         mask_r = offs_r < RED
-        x = tl.load(
-            x_row_ptrs + offs_r[None, :] * stride_xr,
-            mask=mask_m[:, None] & mask_r[None, :], other=0.0,
-        )  # fmt: skip
+        # read as the product takes it, which mma.sync's pipeline wants
+        if WEIGHT_LEFT:
+            x_ptrs = x_ptr + offs_r[:, None] * stride_xr + offs_m[None, :] * stride_xm
+            mask_x = mask_r[:, None] & mask_m[None, :]
+        else:
+            x_ptrs = x_ptr + offs_m[:, None] * stride_xm + offs_r[None, :] * stride_xr
+            mask_x = mask_m[:, None] & mask_r[None, :]
+        if X_COLUMNS:
+            x = tl.load(x_ptrs)
+        else:
+            x = tl.load(x_ptrs, mask=mask_x, other=0.0)
         if TRANSPOSED:
             next_which = tl.load(perm_ptr + tl.minimum((i + 1) // STEPS, end - 1))
             block_ptr = values_ptr + which.to(tl.int64) * (BN * BK)  # pyright: ignore
@@ -390,24 +421,22 @@ def _bsr_product_kernel(
             block_ptr = values_ptr + tl.cast(i // STEPS, tl.int64) * (BN * BK)
             stride_r: tl.constexpr = 1  # pyright: ignore
             stride_o: tl.constexpr = BK
-        # Read as the product takes it, which mma.sync's pipeline wants. Beyond a ragged edge
-        # anything may be stored, so it is masked too.
         if WEIGHT_LEFT or not TRANSPOSED:
-            values = tl.load(
-                block_ptr + offs_bo[:, None] * stride_o + offs_br[None, :] * stride_r,
-                mask=mask_r[None, :], other=0.0,
-            )  # fmt: skip
+            values_ptrs = block_ptr + offs_bo[:, None] * stride_o + offs_br[None, :] * stride_r
+            mask_v = mask_r[None, :]
         else:
-            values = tl.load(
-                block_ptr + offs_br[:, None] * stride_r + offs_bo[None, :] * stride_o,
-                mask=mask_r[:, None], other=0.0,
-            )  # fmt: skip
+            values_ptrs = block_ptr + offs_br[:, None] * stride_r + offs_bo[None, :] * stride_o
+            mask_v = mask_r[:, None]
+        if EVEN_RED:
+            values = tl.load(values_ptrs)
+        else:  # beyond a ragged edge anything may be stored
+            values = tl.load(values_ptrs, mask=mask_v, other=0.0)
         index = next_index
         if SOFT_BF16:  # the interpreter multiplies the bit patterns of bf16
             x = x.to(tl.float32)
             values = values.to(tl.float32)
         if WEIGHT_LEFT:
-            acc = tl.dot(values, tl.trans(x), acc, input_precision=PRECISION)
+            acc = tl.dot(values, x, acc, input_precision=PRECISION)
         elif not TRANSPOSED:
             acc = tl.dot(x, tl.trans(values), acc, input_precision=PRECISION)
         else:

@@ -21,8 +21,8 @@ class BsrTile:
     """What one program of a product with a block-sparse weight computes, and how.
 
     Sides are named for the dimension that they cut: forward adds up over ``K``, the gradient of
-    ``x`` over ``N``, that of the values over ``M``. Powers of two >= 16; those along ``N`` and
-    ``K`` are cut to the block's.
+    ``x`` over ``N``, that of the values over ``M``. Powers of two, on cards >= 16; those along
+    ``N`` and ``K`` are cut to the block's.
 
     Args:
         BLOCK_N: outputs (rows of the weight).
@@ -66,13 +66,36 @@ class Candidate:
     tile: BsrTile
 
 
-BSR_LINEAR_CANDIDATES = tuple(
-    Candidate(f"x_left_n{n}_m{m}_k{k}_s{stages}_w{warps}", BsrTile(n, m, k, stages, warps))
-    for n, m, k, stages, warps in (
-        (128, 16, 32, 4, 2), (128, 16, 64, 4, 4), (128, 32, 32, 4, 4), (128, 32, 64, 3, 4),
-        (128, 64, 32, 4, 4), (128, 64, 64, 3, 4), (128, 128, 32, 3, 4), (128, 128, 64, 3, 8),
-    )
+def _candidates(*tiles: BsrTile) -> tuple[Candidate, ...]:
+    def name(t: BsrTile) -> str:
+        sides = f"{t.form}_n{t.BLOCK_N}_m{t.BLOCK_M}_k{t.BLOCK_K}_s{t.num_stages}_w{t.num_warps}"
+        return sides + f"_split{t.split}" * (t.split > 1) + "_bulk" * t.bulk
+
+    return tuple(Candidate(name(t), t) for t in tiles)
+
+
+BSR_LINEAR_CANDIDATES = _candidates(
+    *(
+        BsrTile(128, m, k, stages, warps)
+        for m, k, stages, warps in (
+            (16, 32, 4, 2), (16, 64, 4, 4), (32, 32, 4, 4), (32, 64, 3, 4),
+            (64, 32, 4, 4), (64, 64, 3, 4), (128, 32, 3, 4), (128, 64, 3, 8),
+        )
+    ),
+    *(
+        BsrTile(128, m, k, stages, warps, "weight_left", split)
+        for m, k, stages, warps in ((16, 64, 4, 4), (16, 128, 3, 4), (32, 64, 4, 4), (64, 64, 3, 4))
+        for split in (1, 2, 4, 8)
+    ),
+    *(
+        BsrTile(n, m, 64, stages, warps, "vector")
+        for n, stages, warps in ((16, 4, 4), (32, 4, 4), (16, 2, 2))
+        for m in (1, 2, 4)
+    ),
+    BsrTile(16, 8, 64, 3, 4, "vector"),
 )  # fmt: skip
+
+_PROGRAMS = 264  # two for each multiprocessor of an H100
 
 
 def tile_for_bsr_linear(
@@ -91,15 +114,24 @@ def tile_for_bsr_linear(
     What bounds the numbers is the compiler's word that no card spills registers (gfx1100 is the
     first to do so) and shared memory.
 
-    - ``BLOCK_M``: the power of two that covers ``M``, from 16 (the least a matrix instruction
-      takes) to 128; for fp32 to 64 and an accumulator of 64 x 64, since its products take
-      registers instead of matrix units.
-    - ``BLOCK_K``: the block's depth, up to 64 (128 bytes of fp16, one full line); 32 beside the
+    - Forward of up to 8 rows: ``"vector"``, 16 outputs a program, so that there are enough of them.
+    - ``form``: ``"weight_left"`` under 64 rows where a tile has 64 outputs: Hopper's and
+      Blackwell's matrix units take a left operand of 64 rows at the least. Else ``"x_left"``.
+    - Rows (``BLOCK_M``): the power of two that covers ``M``, from 16 (the least a matrix
+      instruction takes) to 128; for fp32 to 64 and an accumulator of 64 x 64, since its products
+      take registers instead of matrix units.
+    - Outputs: the block's side, up to 128.
+    - Depth of a step: the block's side, up to 64 (128 bytes of fp16, one full line); 32 beside the
       largest accumulator; 16 for fp32.
-    - ``num_warps``: 8 for an accumulator or a step of values above 64 x 64 (fp32: 32 x 64), 2 for
-      an accumulator up to 16 x 32, else 4.
-    - ``num_stages``: up to 4, as ``num_stages * (BLOCK_M + bn) * BLOCK_K * bytes`` of shared
-      memory stay under 96 KB, and one stage less under AMD's 64 KB.
+    - dvalues: up to 128 x 64 values, for fp32 64 x 32, rows in steps of 32 and 16.
+    - Rows that are not aligned: 32 on each side, in two stages. Reading by the element takes
+      registers, and a size that 16 does not divide should be rare.
+    - ``split``: up to 8 where there are fewer than two programs a multiprocessor, while each keeps
+      8 steps.
+    - ``num_warps``: 8 for an accumulator or a step of values above 64 x 64 (fp32: from 32 x 64), 2
+      for an accumulator up to 16 x 32, else 4.
+    - ``num_stages``: up to 4, as both operands' tiles stay under 96 KB of shared memory, and one
+      stage less under AMD's 64 KB.
 
     Args:
         which: ``"fwd"`` | ``"dx"`` | ``"dvalues"``.
@@ -110,19 +142,54 @@ def tile_for_bsr_linear(
         aligned: whether rows of all operands can be read in wide pieces.
         native: for Triton's CPU compiler, which unrolls a tile.
     """
-    wide = dtype.itemsize > 2
-    bn, bk = min(block[0], 128), block[1]
-    block_m = max(16, 1 << max(M - 1, 0).bit_length())
-    block_m = min(block_m, 64, 64 * 64 // bn) if wide else min(block_m, 128)
-    area = block_m * bn
-    block_k = min(bk, 16 if wide else 32 if area > 64 * 128 else 64)
-    stage = (block_m + bn) * block_k * dtype.itemsize
-    stages = min(4, _SHARED_BYTES // stage, _LDS_BYTES // stage + 1)
-    if max(area, bn * block_k) > (32 * 64 if wide else 64 * 64):
+    if native:
+        return _native_bsr_tile(which, M)
+    (bn, bk), wide = block, dtype.itemsize > 2
+    most = 128 if aligned else 32
+    rows = 1 << max(M - 1, 0).bit_length()  # cover M
+    if which == "fwd" and M <= 8:
+        return BsrTile(16, rows, min(bk, 64), 4 if rows < 8 else 3, 4 if bk > 32 else 2, "vector")
+    form, split = "x_left", 1
+    if which == "dvalues":
+        block_n = min(bn, 64 if wide else 128, most)
+        block_k = min(bk, 32 if wide else 64, most)
+        block_m = 16 if wide else 32
+        area, values = block_n * block_k, 0
+        step = (block_n + block_k) * block_m
+    else:
+        side, inner = (bn, bk) if which == "fwd" else (bk, bn)
+        out = min(side, 64 if wide and which == "dx" else 128, most)
+        block_m = max(16, rows)
+        block_m = min(block_m, 64, 64 * 64 // out, most) if wide else min(block_m, most)
+        area = block_m * out
+        depth = min(inner, 16 if wide else 32 if area > 64 * 128 else 64, most)
+        values, step = out * depth, (block_m + out) * depth
+        if not wide and out >= 64 and M < 64:
+            form = "weight_left"
+        lists = -(-(N if which == "fwd" else K) // side)
+        programs = lists * (side // out) * -(-M // block_m)
+        steps = nnz * (inner // depth) // max(lists, 1)
+        while split < 8 and 2 * split * programs <= _PROGRAMS and steps >= 2 * split * 8:
+            split *= 2
+        block_n, block_k = (out, depth) if which == "fwd" else (depth, out)
+    step *= dtype.itemsize
+    stages = min(4 if aligned else 2, _SHARED_BYTES // step, _LDS_BYTES // step + 1)
+    if max(area, values) > 64 * 64 or (wide and max(area, values) >= 32 * 64):
         warps = 8
     else:
         warps = 4 if area > 16 * 32 else 2
-    return BsrTile(bn, block_m, block_k, stages, warps)
+    return BsrTile(block_n, block_m, block_k, stages, warps, form, split)
+
+
+def _native_bsr_tile(which: str, M: int) -> BsrTile:
+    """Sums that fit the registers of AVX2, 4 x 16; measured on two cores with blocks of 64."""
+    if which == "dvalues":
+        return BsrTile(4, 16, 16, 1, 1)
+    if which == "dx":
+        return BsrTile(32, 4, 16, 1, 1)
+    if M == 1:
+        return BsrTile(16, 1, 64, 1, 1, "vector")
+    return BsrTile(4, 8 if M <= 8 else 16, 32, 1, 1, "weight_left")
 
 
 @dataclass(frozen=True)
@@ -248,3 +315,53 @@ def _most_registers(warps: int) -> int:
     program more, and spills 8 or 16 bytes.
     """
     return 168 if warps <= 4 else 128
+
+
+def tile_for_bsr_conv(
+    which: str,
+    pixels: int,
+    block: tuple[int, int],
+    nnz: int,
+    dtype: torch.dtype,
+    aligned: bool = True,
+    native: bool = False,
+) -> BsrTile:
+    """A tile for a pass of ``bsr_conv2d`` that every card can run; reasoned, not measured.
+
+    Bounds as for :func:`tile_for_bsr_linear`: no card spills registers, shared memory suffices.
+
+    - Pixels: 64 or 128, 16 where there are no more; for fp32, and where channels are not aligned,
+      up to 32: addresses of pixels take registers beside the products.
+    - The side that is stored: up to 64 (fp32: 32). Depth of a step: the block's, up to 32 (fp32:
+      16).
+    - dvalues: pixels are what is added up, in steps of 32 (fp32: 16). ``split``: up to 16 while
+      there are fewer than two programs a multiprocessor of a large card, and each keeps 16 steps.
+
+    Args:
+        which: ``"fwd"`` | ``"dx"`` | ``"dvalues"``.
+        pixels: of the pass's result; of the output for ``"dvalues"``.
+        block: ``(bn, bk)``, powers of two >= 16.
+        nnz: number of stored blocks.
+        dtype: fp32 | fp16 | bf16, of ``x``.
+        aligned: whether channels of all operands can be read in wide pieces.
+        native: for Triton's CPU compiler, which unrolls a tile.
+    """
+    if native:
+        return BsrTile(BLOCK_N=16, BLOCK_M=16, BLOCK_K=16, num_stages=1, num_warps=1)
+    wide = dtype.itemsize > 2
+    small = wide or not aligned
+    most, depth = 32 if small else 64, 16 if wide else 32
+    if which == "dvalues":
+        block_n, block_k, block_m = min(block[0], most), min(block[1], most), depth
+        programs = nnz * (block[0] // block_n) * (block[1] // block_k)
+        split = 1
+        while split < 16 and 2 * split * programs <= 264 and pixels >= 2 * split * 16 * block_m:
+            split *= 2
+        stages = 2 if small else 3
+        return BsrTile(block_n, block_m, block_k, stages, 4, split=split)
+    block_m = 16 if pixels <= 16 else 32 if small else 64 if pixels <= 4096 else 128
+    if which == "fwd":
+        block_n, block_k = min(block[0], most), min(block[1], depth)
+    else:
+        block_n, block_k = min(block[0], depth), min(block[1], most)
+    return BsrTile(block_n, block_m, block_k, 2 if small else 3, 4)
