@@ -39,6 +39,7 @@ INSTRUCTIONS = {
     "sm_100": ("tcgen05.mma", "mma.sync"), "sm_120": ("mma.sync", "mma.sync"),
     "gfx942": ("v_mfma", "v_mfma"), "gfx1100": ("v_wmma", "v_wmma"),
 }  # fmt: skip
+COPY_ENGINES = ("sm_90", "sm_100", "sm_120")
 LEFT_DIRECT = {"sm_90": "registers", "sm_100": "tensor memory"}
 
 
@@ -141,7 +142,12 @@ def why_not() -> str | None:
 
 def report(chosen: Sequence[Variant], targets: Sequence[str], jobs: int) -> list[Row]:
     """Compile each variant for each target; rows in that order, progress on stderr."""
-    work = [(variant, target) for variant in chosen for target in targets]
+    work = [
+        (variant, target)
+        for variant in chosen
+        for target in targets
+        if not (variant.product and variant.product.bulk) or target in COPY_ENGINES
+    ]
     rows: list[Row] = []
     start = time.perf_counter()
     for row in _measured(work, jobs):
@@ -223,7 +229,10 @@ def _of_product(product: Product, num_warps: int, target: str, code: Compiled) -
         left = LEFT_DIRECT.get(target)
         if product.left_direct and left and code.left_operand != left:
             yield f"left operand in {code.left_operand or 'an unknown place'} instead of {left}"
-    if product.copies and target.startswith("sm_") and not code.bulk_copy:
+    if product.bulk:
+        if not code.bulk_copy or code.async_copies:
+            yield "tiles that the copy engine does not bring in"
+    elif product.copies and target.startswith("sm_") and not code.bulk_copy:
         yield from _narrow_copies(product, num_warps * 32, code)
 
 

@@ -54,12 +54,14 @@ class Product:
         left_direct: whether it must reach the matrix units without being written to shared memory.
         copies: bytes of each tile that must be copied in pieces of 16 bytes, or of all that there
             is for a thread; none where that is not asked for.
+        bulk: whether the copy engine must bring tiles in; cards without one never get it.
     """
 
     half: bool
     left_rows: int
     left_direct: bool
     copies: tuple[int, ...] = ()
+    bulk: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,8 @@ def launch_of(run: Callable[[], object]) -> Launch:
 
 def launches_of(run: Callable[[], object]) -> list[Launch]:
     """The launches of kernels that ``run`` asks for, in turn; nothing runs on a device."""
-    from triton.runtime.jit import JITFunction
+    from triton.runtime.jit import JITFunction, mangle_type
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
     launches: list[Launch] = []
 
@@ -106,6 +109,8 @@ def launches_of(run: Callable[[], object]) -> list[Launch]:
             value = values[parameter.name]
             if isinstance(value, torch.Tensor):
                 signature[parameter.name] = "*" + _TYPES[value.dtype]
+            elif isinstance(value, TensorDescriptor):
+                signature[parameter.name] = mangle_type(value)
             elif parameter.is_constexpr or value is None:
                 signature[parameter.name], constexprs[parameter.name] = "constexpr", value
             else:
@@ -334,11 +339,13 @@ def _bsr_product(
     product = None
     if tile.form != "vector":
         copies = tuple(side * depth * dtype.itemsize for side in (left, right))
-        product = Product(dtype.itemsize == 2, left, False, copies if aligned else ())
+        bulk = flags.get("READ") == "bulk"
+        product = Product(dtype.itemsize == 2, left, False, copies if aligned else (), bulk)
     name = _name(
         _TYPES[dtype],
         "x".join(map(str, block)),
         *([] if which == "dvalues" else [tile.form.replace("_", " ")]),
+        *(["bulk"] if product and product.bulk else []),
         *([] if aligned else ["not aligned"]),
     )
     text = f"n{block_n} m{block_m} k{block_k} s{launch.num_stages} w{launch.num_warps}"

@@ -28,8 +28,9 @@ FORMS = {
     "weight_left": replace(TILE, form="weight_left"),
     "split": replace(TILE, split=3),
     "vector": replace(TILE, BLOCK_M=4, form="vector"),
+    "bulk": replace(TILE, bulk=True),
 }  # fmt: skip
-BACKWARD = {name: FORMS[name] for name in ("x_left", "weight_left", "split")}
+BACKWARD = {name: FORMS[name] for name in ("x_left", "weight_left", "split", "bulk")}
 # M, N, K: ragged everywhere, one tile, several tiles, one row
 SHAPES = [(5, 40, 70), (16, 16, 16), (37, 64, 96), (1, 48, 48)]
 EMPTY = [(0, 32, 48)]
@@ -250,6 +251,36 @@ def test_pipeline_depth_does_not_change_values(form, stages, device):
     assert_exact("dvalues", case.dvalues(tile), case.dvalues64())
 
 
+@pytest.mark.parametrize("m", [1, 17])
+def test_copy_engine_serves_every_form(m, device, monkeypatch):
+    if is_native(device):
+        pytest.skip("a card's")
+    made = []
+    kept = bsr_product._descriptor
+    monkeypatch.setattr(bsr_product, "_descriptor", lambda *a: made.append(a) or kept(*a))
+    shape = (m, 64, 96)
+    for tile in (
+        replace(TILE, bulk=True),
+        BsrTile(32, 16, 16, 2, 1, "weight_left", bulk=True),
+        BsrTile(16, 32, 32, 3, 1, split=2, bulk=True),
+    ):
+        case = Case(shape, (32, 32), some(shape, (32, 32)), FP32, device)
+        made.clear()
+        assert_exact("y", case.fwd(tile), case.y64())
+        assert_exact("dx", case.dx(tile), case.dx64())
+        assert len(made) == (4 if device.type == "cpu" else len(made))
+    # ragged blocks, rows that are not aligned, and no block are read with pointers
+    made.clear()
+    for shape, columns in (((m, 64, 80), 80), ((m, 64, 96), 100)):
+        case = Case(shape, (32, 32), some(shape, (32, 32)), FP32, device)
+        x = torch.empty(m + 1, columns, device=device)[1:, : shape[2]].copy_(case.x)
+        assert_exact("y", case.fwd(replace(TILE, bulk=True), x=x), case.y64())
+    if m > 1:
+        assert not made
+    case = Case(shape, (32, 32), torch.zeros(2, 3).bool(), FP32, device)
+    assert_exact("no block", case.fwd(replace(TILE, bulk=True)), case.y64())
+
+
 @pytest.mark.parametrize("split", [2, 3, 8])
 def test_split_sums_are_bitwise_repeatable(split, device):
     shape = (3, 32, 160)
@@ -436,6 +467,21 @@ def test_kernels_compile_for_every_card(card):
             stages = variant.launch.num_stages
             assert stages is not None
             assert row.buffers in (f"{stages} {stages}", f"{stages - 1} {stages - 1}"), case
+
+
+@pytest.mark.compiles
+@pytest.mark.parametrize("target", compile_report.COPY_ENGINES)
+def test_copy_engine_brings_tiles_in(target):
+    chosen = [
+        *shipped("fwd", BF16, (64, 64), 128, tile=BsrTile(64, 128, 64, 4, 4, bulk=True)),
+        *shipped("fwd", BF16, (64, 64), 16, tile=BsrTile(64, 16, 64, 4, 4, "weight_left", 1, True)),
+        *shipped("dx", BF16, (64, 64), 128, tile=BsrTile(64, 128, 64, 4, 4, bulk=True)),
+    ]
+    for row in compile_report.report(chosen, [target], 1):
+        assert row.violations == ""
+        assert row.copy == "bulk"
+        assert row.buffers == ("3 3" if target == "sm_120" else "4 4")
+    assert compile_report.report(chosen, ["sm_80"], 1) == []
 
 
 @pytest.mark.compiles

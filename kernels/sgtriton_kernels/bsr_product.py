@@ -8,6 +8,9 @@ once. Beyond a ragged edge a stored block may hold anything: it never reaches a 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 
 from ._bf16 import round_to_bf16, soft_bf16
@@ -151,15 +154,21 @@ def _product(
     if split > 1:
         sums = torch.empty(split, m, size, dtype=torch.float32, device=x2.device)
     grid = (triton.cdiv(m, tile.BLOCK_M) * (len(starts) - 1) * parts * split,)
-    # its columns are what the CPU compiler makes vectors of, and a mask costs it more than a copy
-    columns = is_native(x2.device) and tile.form == "weight_left" and not transposed
-    x, strides = x2, _strides(x2)
-    if columns:
-        x, strides = _padded_columns(x2, tile.BLOCK_M, bk)
+    even = red % (bn if transposed else bk) == 0
+    x, stored, strides = x2, values, _strides(x2)
+    read = "rows" if is_aligned(x2) else "any"
+    if is_native(x2.device):
+        # columns are what its compiler makes vectors of, and a mask costs more than a copy
+        if tile.form == "weight_left" and not transposed:
+            x, strides, read = *_padded_columns(x2, tile.BLOCK_M, bk), "columns"
+    elif tile.bulk and even and read == "rows" and _has_copy_engine(x2) and len(values):
+        read = "bulk"
+        x = _descriptor(x2, strides, (tile.BLOCK_M, block_n if transposed else block_k))
+        stored = _descriptor(values, values.stride(), (1, block_n, block_k))
     with device_of(x2):
         _bsr_product_kernel[grid](
             x,
-            values,
+            stored,
             starts, index, perm, order,
             *(added if split == 1 else (None, None)),
             sums,
@@ -171,8 +180,8 @@ def _product(
             HAS_BIAS=bias is not None and split == 1,
             HAS_RESIDUAL=residual2 is not None and split == 1,
             ACTIVATION=activation if split == 1 else "none",
-            EVEN_RED=red % (bn if transposed else bk) == 0,
-            ALIGNED_X=is_aligned(x2) and not columns, X_COLUMNS=columns,
+            EVEN_RED=even,
+            READ=read,
             ALIGNED_OUT=size % 16 == 0,
             SOFT_BF16=soft_bf16(x2.dtype, x2.device),
             PRECISION=dot_precision(),
@@ -249,6 +258,21 @@ def _add_up(
             **launch_options(out.device, 1, 4),
         )  # fmt: skip
     return out
+
+
+def _has_copy_engine(t: torch.Tensor) -> bool:
+    """Whether the copy engine can read ``t``; without it descriptors would lose the pipeline."""
+    if t.device.type == "cuda" and (
+        torch.version.hip is not None or torch.cuda.get_device_capability(t.device) < (9, 0)
+    ):
+        return False
+    return t.data_ptr() % 16 == 0
+
+
+def _descriptor(t: torch.Tensor, strides: Sequence[int], tile: Sequence[int]) -> Any:
+    """What the copy engine is told of ``t``."""
+    make = triton.tools.tensor_descriptor.TensorDescriptor  # pyright: ignore
+    return make(t, list(t.shape), list(strides), list(tile))
 
 
 def _padded_columns(
@@ -335,8 +359,9 @@ def _bsr_product_kernel(
     HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     ACTIVATION: tl.constexpr,
     EVEN_RED: tl.constexpr,  # RED is a multiple of the block's side
-    ALIGNED_X: tl.constexpr,  # stride_xr is 1; stride_xm and RED are multiples of 16
-    X_COLUMNS: tl.constexpr,  # x is stored by columns, padded to whole tiles
+    # How x is stored: "rows": stride_xr is 1; stride_xm and RED are multiples of 16; "columns":
+    # by columns, padded to whole tiles; "any". "bulk": x and values are descriptors of tiles
+    READ: tl.constexpr,
     ALIGNED_OUT: tl.constexpr,  # OUT is a multiple of 16
     SOFT_BF16: tl.constexpr,  # bf16 by hand, where the compiler does not do it right
     PRECISION: tl.constexpr,
@@ -345,11 +370,11 @@ def _bsr_product_kernel(
 ):  # fmt: skip
     # Sizes and strides are not specialised, so a new batch size compiles nothing. What the
     # compiler must know for wide loads comes back as a flag: x // 16 * 16 shows it the multiple.
-    if ALIGNED_X:
+    if READ == "rows":
         RED = RED // 16 * 16
         stride_xm = stride_xm // 16 * 16
         stride_xr = 1
-    if X_COLUMNS:
+    if READ == "columns":
         stride_xr = stride_xr // 16 * 16
         stride_xm = 1
     if ALIGNED_OUT:
@@ -376,8 +401,10 @@ def _bsr_product_kernel(
         block_o = pid_o // PARTS
     else:
         block_o = tl.load(order_ptr + pid_o // PARTS).to(tl.int64)
-    offs_m = pid % num_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_bo = pid_o % PARTS * BLOCK_OUT + tl.arange(0, BLOCK_OUT)  # inside the block
+    first_m = (pid % num_m).to(tl.int32) * BLOCK_M
+    first_bo = (pid_o % PARTS).to(tl.int32) * BLOCK_OUT  # inside the block
+    offs_m = first_m.to(tl.int64) + tl.arange(0, BLOCK_M)
+    offs_bo = first_bo + tl.arange(0, BLOCK_OUT)
     mask_m = offs_m < M
 
     start = tl.load(starts_ptr + block_o)
@@ -397,40 +424,57 @@ def _bsr_product_kernel(
         which = tl.load(perm_ptr + start, mask=start < end, other=0)
     for i in range(start * STEPS, end * STEPS):
         next_index = tl.load(index_ptr + (i + 1) // STEPS)
-        offs_br = (i % STEPS) * BLOCK_RED + tl.arange(0, BLOCK_RED)  # inside  # pyright: ignore
-        offs_r = index.to(tl.int64) * SIDE_RED + offs_br
-        mask_r = offs_r < RED
-        # read as the product takes it, which mma.sync's pipeline wants
-        if WEIGHT_LEFT:
-            x_ptrs = x_ptr + offs_r[:, None] * stride_xr + offs_m[None, :] * stride_xm
-            mask_x = mask_r[:, None] & mask_m[None, :]
-        else:
-            x_ptrs = x_ptr + offs_m[:, None] * stride_xm + offs_r[None, :] * stride_xr
-            mask_x = mask_m[:, None] & mask_r[None, :]
-        if X_COLUMNS:
-            x = tl.load(x_ptrs)
-        else:
-            x = tl.load(x_ptrs, mask=mask_x, other=0.0)
         if TRANSPOSED:
             next_which = tl.load(perm_ptr + tl.minimum((i + 1) // STEPS, end - 1))
-            block_ptr = values_ptr + which.to(tl.int64) * (BN * BK)  # pyright: ignore
+            block = which  # pyright: ignore
             which = next_which
-            stride_r: tl.constexpr = BK
-            stride_o: tl.constexpr = 1  # pyright: ignore
         else:
-            block_ptr = values_ptr + tl.cast(i // STEPS, tl.int64) * (BN * BK)
-            stride_r: tl.constexpr = 1  # pyright: ignore
-            stride_o: tl.constexpr = BK
-        if WEIGHT_LEFT or not TRANSPOSED:
-            values_ptrs = block_ptr + offs_bo[:, None] * stride_o + offs_br[None, :] * stride_r
-            mask_v = mask_r[None, :]
+            block = tl.cast(i // STEPS, tl.int32)
+        first_br = tl.cast(i % STEPS, tl.int32) * BLOCK_RED  # inside the block  # pyright: ignore
+        if READ == "bulk":
+            # such tiles come as they are stored
+            x = x_ptr.load([first_m, index * SIDE_RED + first_br])
+            if TRANSPOSED:
+                values = values_ptr.load([block, first_br, first_bo])
+            else:
+                values = values_ptr.load([block, first_bo, first_br])
+            values = tl.reshape(values, (BLOCK_N, BLOCK_K))
+            if WEIGHT_LEFT:
+                x = tl.trans(x)
+                if TRANSPOSED:
+                    values = tl.trans(values)
         else:
-            values_ptrs = block_ptr + offs_br[:, None] * stride_r + offs_bo[None, :] * stride_o
-            mask_v = mask_r[:, None]
-        if EVEN_RED:
-            values = tl.load(values_ptrs)
-        else:  # beyond a ragged edge anything may be stored
-            values = tl.load(values_ptrs, mask=mask_v, other=0.0)
+            # others as the product takes them, which mma.sync's pipeline wants
+            offs_br = first_br + tl.arange(0, BLOCK_RED)
+            offs_r = index.to(tl.int64) * SIDE_RED + offs_br
+            mask_r = offs_r < RED
+            block_ptr = values_ptr + block.to(tl.int64) * (BN * BK)
+            if TRANSPOSED:
+                stride_r: tl.constexpr = BK
+                stride_o: tl.constexpr = 1  # pyright: ignore
+            else:
+                stride_r: tl.constexpr = 1  # pyright: ignore
+                stride_o: tl.constexpr = BK
+            if WEIGHT_LEFT:
+                x_ptrs = x_ptr + offs_r[:, None] * stride_xr + offs_m[None, :] * stride_xm
+                mask_x = mask_r[:, None] & mask_m[None, :]
+            else:
+                x_ptrs = x_ptr + offs_m[:, None] * stride_xm + offs_r[None, :] * stride_xr
+                mask_x = mask_m[:, None] & mask_r[None, :]
+            if WEIGHT_LEFT or not TRANSPOSED:
+                values_ptrs = block_ptr + offs_bo[:, None] * stride_o + offs_br[None, :] * stride_r
+                mask_v = mask_r[None, :]
+            else:
+                values_ptrs = block_ptr + offs_br[:, None] * stride_r + offs_bo[None, :] * stride_o
+                mask_v = mask_r[:, None]
+            if READ == "columns":
+                x = tl.load(x_ptrs)
+            else:
+                x = tl.load(x_ptrs, mask=mask_x, other=0.0)
+            if EVEN_RED:
+                values = tl.load(values_ptrs)
+            else:  # beyond a ragged edge anything may be stored
+                values = tl.load(values_ptrs, mask=mask_v, other=0.0)
         index = next_index
         if SOFT_BF16:  # the interpreter multiplies the bit patterns of bf16
             x = x.to(tl.float32)

@@ -34,7 +34,8 @@ class BsrTile:
             ``y^T = W x^T``; ``"vector"``: no matrix instructions; ``"pairs"``: two block rows
             share what they read of ``x``.
         split: programs that share a block row's blocks; their sums are added in a fixed order.
-        bulk: whether the copy engine brings tiles in, on cards that have one.
+        bulk: whether the copy engine brings tiles in, on cards that have one and where rows are
+            aligned and blocks fill the dimension that is added up.
     """
 
     BLOCK_N: int
@@ -86,6 +87,13 @@ BSR_LINEAR_CANDIDATES = _candidates(
         BsrTile(128, m, k, stages, warps, "weight_left", split)
         for m, k, stages, warps in ((16, 64, 4, 4), (16, 128, 3, 4), (32, 64, 4, 4), (64, 64, 3, 4))
         for split in (1, 2, 4, 8)
+    ),
+    *(
+        BsrTile(128, m, k, stages, warps, form, 1, bulk=True)
+        for m, k, stages, warps, form in (
+            (16, 64, 4, 4, "weight_left"), (64, 64, 4, 4, "x_left"), (128, 32, 4, 4, "x_left"),
+            (128, 64, 3, 4, "x_left"), (128, 64, 4, 8, "x_left"),
+        )
     ),
     *(
         BsrTile(n, m, 64, stages, warps, "vector")
