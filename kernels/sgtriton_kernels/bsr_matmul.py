@@ -13,6 +13,7 @@ FLOPs: ``2 M`` for each stored weight, in forward, for ``dx`` and for ``dW``. By
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -133,6 +134,7 @@ def _shape(t: torch.Tensor) -> list[int]:
     return list(t.shape)
 
 
+@functools.cache
 def _why_unsupported(dtype: torch.dtype, block: tuple[int, int]) -> str | None:
     if dtype not in _TRITON_DTYPES:
         return f"it serves {_TRITON_DTYPES}, not {dtype}"

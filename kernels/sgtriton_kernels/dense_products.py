@@ -27,9 +27,11 @@ def dense_linear(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None) ->
         ``[..., N]``, dtype of ``x``, contiguous.
     """
     x2 = x if x.dim() == 2 else x.reshape(-1, w.shape[1])
-    dtype, wide, m = x.dtype, w.dtype, len(x2)
-    x2 = x2.to(wide)
-    bias = None if bias is None else bias.to(wide)
+    dtype, wide, m = x.dtype, w.dtype, x2.shape[0]
+    if dtype != wide:
+        x2 = x2.to(wide)
+    if bias is not None and bias.dtype != wide:
+        bias = bias.to(wide)
     if m == 1:
         out = _one_row(x2, w, bias)
     elif 0 < m <= _MOST:
@@ -40,8 +42,9 @@ def dense_linear(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None) ->
         out = out.T.contiguous()
     else:
         out = F.linear(x2, w, bias)
-    out = out.to(dtype)
-    return out if x.dim() == 2 else out.view(*x.shape[:-1], len(w))
+    if dtype != wide:
+        out = out.to(dtype)
+    return out if x.dim() == 2 else out.view(*x.shape[:-1], w.shape[0])
 
 
 def _one_row(x2: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
