@@ -3,6 +3,7 @@
 from ._impl import use_impl
 from .blocks import GateLayout, coverage, expand_gates, gate_layout, sum_blocks
 from .bsr import BlockSparse
+from .bsr_conv import bsr_conv1d, bsr_conv2d, bsr_conv2d_ref
 from .bsr_matmul import bsr_linear, bsr_linear_ref
 from .gate import gate_weight, gate_weight_ref
 from .gated_matmul import gated_linear, gated_linear_ref
@@ -14,6 +15,9 @@ __all__ = [
     "BlockSparse",
     "GateLayout",
     "GatePenalties",
+    "bsr_conv1d",
+    "bsr_conv2d",
+    "bsr_conv2d_ref",
     "bsr_linear",
     "bsr_linear_ref",
     "coverage",
