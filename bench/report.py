@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from . import bandwidth, serving, training
+from . import bandwidth, native, serving, training
 from .accuracy import Row
 from .rows import RESULTS, read
 
@@ -55,6 +55,15 @@ bf16 the faster of bf16 and of a copy of the weight in fp32. Geometric means ove
 {shapes}, of cells whose dense time is {counted} ms or more; the ideal is 1 / density. Peers, in the
 same turns: PyTorch's BSR product, scipy's, onnxruntime's dense one (fp32 only; its threads do not
 spin between calls). Rerun: `make bench-serve`. All cells: `bench/results/serving.csv`.
+
+"""
+
+_NATIVE = """
+## The kernel of `bsr_linear` in native CPU code
+
+Blocks of {block}x{block}, weight {N}x{K}, fp32, Triton {triton} compiled for {cpu}, {threads}
+threads, commit {commit}; beside `F.linear` on the dense weight in the same turns. The ideal is
+1 / density. Rerun: `make bench-serve`.
 
 """
 
@@ -166,6 +175,8 @@ def page() -> str:
         text += training_table(steps) + "\n"
     if cells := serving_cells():
         text += _serving(cells)
+    if kernels := read(RESULTS / "native.csv", native.Row):
+        text += _NATIVE.format(**vars(kernels[0])) + native.markdown(kernels) + "\n"
     if rates := read(RESULTS / "bandwidth.csv", bandwidth.Row):
         text += _BANDWIDTH.format(**vars(rates[0])) + bandwidth_table(rates) + "\n"
     return text

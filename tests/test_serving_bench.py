@@ -6,7 +6,7 @@ from sgtriton_kernels import BlockSparse
 from torch import nn
 
 import sgtriton
-from bench import report, rows, serving
+from bench import native, report, rows, serving
 
 
 def cell_rows(m=5):
@@ -70,3 +70,13 @@ def test_a_wrong_result_is_not_timed():
 def test_table_of_the_readme_is_what_the_results_give():
     text = report.README.read_text(encoding="utf-8")
     assert report.readme_with_tables(text) == text
+
+
+def test_kernel_is_measured_beside_the_dense_layer(tmp_path, impl):
+    if impl != "triton":
+        pytest.skip("it measures Triton's kernel")
+    row = native.measure(3, 0.5, seconds=0.0, shape=(128, 128))
+    rows.write(tmp_path / "native.csv", [row])
+    assert rows.read(tmp_path / "native.csv", native.Row) == [row]
+    assert row.share == pytest.approx(0.5 * row.speedup, abs=2e-3)
+    assert "50%" in native.markdown([row])
