@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from . import accuracy, bandwidth, compile_report, native, report, serving, training
+from . import accuracy, bandwidth, compile_report, models, native, report, serving, training
 
 
 def main() -> int:
@@ -13,6 +13,7 @@ def main() -> int:
     commands = parser.add_subparsers(required=True, metavar="NAME")
     accuracy.add_command(commands)
     bandwidth.add_command(commands)
+    models.add_command(commands)
     native.add_command(commands)
     report.add_command(commands)
     compile_report.add_command(commands)

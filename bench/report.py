@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from . import bandwidth, native, serving, training
+from . import bandwidth, models, native, serving, training
 from .accuracy import Row
 from .rows import RESULTS, read
 
@@ -55,6 +55,16 @@ bf16 the faster of bf16 and of a copy of the weight in fp32. Geometric means ove
 {shapes}, of cells whose dense time is {counted} ms or more; the ideal is 1 / density. Peers, in the
 same turns: PyTorch's BSR product, scipy's, onnxruntime's dense one (fp32 only; its threads do not
 spin between calls). Rerun: `make bench-serve`. All cells: `bench/results/serving.csv`.
+
+"""
+
+_MODELS = """
+## Whole models
+
+Random models, 32x32 blocks closed at random, taken through patch, sparsify, save and load; the
+loaded model gives the served one's bits, and the gated one's outputs up to rounding. Served (loaded)
+beside dense in the same turns, {threads} threads of {cpu}, PyTorch {torch}, commit {commit}. Rerun:
+`make bench-serve`.
 
 """
 
@@ -175,6 +185,8 @@ def page() -> str:
         text += training_table(steps) + "\n"
     if cells := serving_cells():
         text += _serving(cells)
+    if whole := read(RESULTS / "models.csv", models.Row):
+        text += _MODELS.format(**vars(whole[0])) + models.markdown(whole) + "\n"
     if kernels := read(RESULTS / "native.csv", native.Row):
         text += _NATIVE.format(**vars(kernels[0])) + native.markdown(kernels) + "\n"
     if rates := read(RESULTS / "bandwidth.csv", bandwidth.Row):
