@@ -62,9 +62,9 @@ _MODELS = """
 ## Whole models
 
 Random models, 32x32 blocks closed at random, taken through patch, sparsify, save and load; the
-loaded model gives the served one's bits, and the gated one's outputs up to rounding. Served (loaded)
-beside dense in the same turns, {threads} threads of {cpu}, PyTorch {torch}, commit {commit}. Rerun:
-`make bench-serve`.
+loaded model gives the served one's bits, and the gated one's outputs up to rounding. The loaded
+model beside the dense one in the same turns, {threads} threads of {cpu}, PyTorch {torch}, commit
+{commit}. Rerun: `make bench-serve`.
 
 """
 
