@@ -14,8 +14,17 @@ from typing import Any
 from unittest import mock
 
 import torch
-from sgtriton_kernels import bsr_product, gate, gate_bits, gated_product, penalty, tiles
+from sgtriton_kernels import (
+    bsr_conv_product,
+    bsr_product,
+    gate,
+    gate_bits,
+    gated_product,
+    penalty,
+    tiles,
+)
 from sgtriton_kernels.blocks import Block, gate_layout
+from sgtriton_kernels.conv_geometry import ConvGeometry
 from sgtriton_kernels.gate_bits import OpenBlocks
 from sgtriton_kernels.gated_matmul import _tile as _gated_tile
 
@@ -131,7 +140,7 @@ def launches_of(run: Callable[[], object]) -> list[Launch]:
 def variants() -> list[Variant]:
     """All of them, each once; ``rows`` says for which batches a tile is taken."""
     found: dict[str, Variant] = {}
-    for variant in (*_elementwise(), *_gated_linear(), *_bsr_linear()):
+    for variant in (*_elementwise(), *_gated_linear(), *_bsr_linear(), *_bsr_conv()):
         key = repr((variant.op, variant.launch))
         rows = found[key].rows if key in found else ()
         found[key] = replace(found.get(key, variant), rows=rows + variant.rows)
@@ -354,3 +363,59 @@ def _bsr_product(
     for sums in later:  # of programs that share a block row
         text = f"{sums.constexprs['BLOCK_N']} of {sums.constexprs['SPLIT']}"
         yield Variant("bsr_linear sums", _TYPES[dtype], text, sums, rows=(m,))
+
+
+def _bsr_conv() -> Iterator[Variant]:
+    for which in ("fwd", "dx", "dvalues"):
+        for dtype in (torch.bfloat16, torch.float32):
+            for side in (16, 32, 64, 128):
+                for size in (2, 14, 112):
+                    yield _bsr_convolution(which, dtype, side, size, 256)
+            yield _bsr_convolution(which, dtype, 32, 56, 250)
+
+
+def _bsr_convolution(
+    which: str, dtype: torch.dtype, side: int, size: int, channels: int
+) -> Variant:
+    images, aligned = 8, channels % 16 == 0
+    geometry = ConvGeometry(channels, channels, (3, 3), before=(1, 1), after=(1, 1))
+    rows, cols = geometry.blocks((side, side))
+    nnz = rows * cols
+    shape = (images, channels, size, size)
+    x, out = (
+        _empty(*shape, dtype=dtype).contiguous(memory_format=torch.channels_last) for _ in "xy"
+    )
+    values = _empty(nnz, side, side, dtype=dtype)
+    index = functools.partial(_empty, dtype=torch.int32)
+    pixels = images * size * size
+    tile = tiles.tile_for_bsr_conv(which, pixels, (side, side), nnz, dtype, aligned)
+    if which == "fwd":
+        run = functools.partial(
+            bsr_conv_product.bsr_conv_fwd, x, values, index(rows + 1), index(nnz + 1), index(rows),
+            _empty(channels, dtype=dtype), geometry, "gelu", out, tile,
+        )  # fmt: skip
+    elif which == "dx":
+        run = functools.partial(
+            bsr_conv_product.bsr_conv_dx, out, values, index(nnz + 1), index(nnz + 1), index(nnz),
+            geometry, x, tile,
+        )  # fmt: skip
+    else:
+        run = functools.partial(
+            bsr_conv_product.bsr_conv_dvalues, out, x, index(nnz + 1), index(nnz + 1), index(nnz),
+            geometry, values, tile,
+        )  # fmt: skip
+    launch = launch_of(run)
+    flags = launch.constexprs
+    block_m, block_n, block_k = flags["BLOCK_M"], flags["BLOCK_N"], flags["BLOCK_K"]
+    return Variant(
+        "bsr_conv" if which == "fwd" else f"bsr_conv {which}",
+        _name(_TYPES[dtype], f"{side}x{side}", *([] if aligned else ["not aligned"])),
+        f"n{block_n} m{block_m} k{block_k} s{launch.num_stages} w{launch.num_warps}",
+        launch,
+        rows=(pixels,),
+        product=Product(
+            half=dtype.itemsize == 2,
+            left_rows=block_n if which == "dvalues" else block_m,
+            left_direct=False,
+        ),
+    )

@@ -262,6 +262,16 @@ def _out_offsets(image, line, place, offs_c, HEIGHT, WIDTH, C, CHANNELS_LAST: tl
         return (image * area * C + pixel)[:, None] + (offs_c * area)[None, :]
 
 
+@triton.jit
+def _store(ptr, offs, y, mask, SOFT_BF16: tl.constexpr):
+    y = _rounded(y, ptr.dtype.element_ty, SOFT_BF16)
+    if SOFT_BF16:  # the CPU compiler has no code for single bf16 values: their bits
+        bits_ptr = ptr.to(tl.pointer_type(tl.int16), bitcast=True)
+        tl.store(bits_ptr + offs, y.to(tl.int16, bitcast=True), mask=mask)
+    else:
+        tl.store(ptr + offs, y, mask=mask)
+
+
 @triton.jit(
     do_not_specialize=[
         "PIXELS", "H", "W", "HO", "WO", "C_GROUP", "O_GROUP", "O", "ROWS", "COLS",
@@ -356,8 +366,7 @@ def _bsr_conv_fwd_kernel(
         acc += bias.to(tl.float32)[None, :]
     acc = _activate(acc, ACTIVATION)
     offs = _out_offsets(image, line, place, offs_o, HO, WO, O, CHANNELS_LAST)
-    out = _rounded(acc, out_ptr.dtype.element_ty, SOFT_BF16)
-    tl.store(out_ptr + offs, out, mask=mask_m[:, None] & mask_n[None, :])
+    _store(out_ptr, offs, acc, mask_m[:, None] & mask_n[None, :], SOFT_BF16)
 
 
 # A kernel of its own: what an input pixel meets is found by division, and blocks are listed by
@@ -447,8 +456,7 @@ def _bsr_conv_dx_kernel(
 
     offs_c = group.to(tl.int64) * C_GROUP + offs_k
     offs = _out_offsets(image, line, place, offs_c, H, W, C, CHANNELS_LAST)
-    dx = _rounded(acc, dx_ptr.dtype.element_ty, SOFT_BF16)
-    tl.store(dx_ptr + offs, dx, mask=mask_m[:, None] & mask_k[None, :])
+    _store(dx_ptr, offs, acc, mask_m[:, None] & mask_k[None, :], SOFT_BF16)
 
 
 @triton.jit(
