@@ -24,7 +24,8 @@ from torch import nn
 from .container import read_file, write_file
 from .layers import GatedModule
 from .patching import Model, leave_fast_paths
-from .serving import Plan, plan_forms, stored_part
+from .planning import Plan, plan_forms
+from .serving import stored_part
 from .sparse_layers import (
     BUCKETS,
     FORMS,

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from sgtriton_kernels import BlockSparse, GateLayout, bsr_linear, gate_layout
 from sgtriton_kernels.blocks import Block
+from sgtriton_kernels.dense_products import dense_linear
 from torch import nn
 
 from .compact import compact, spread
@@ -24,9 +25,10 @@ BUCKETS: dict[str, float] = {
     "1": 1, "2-8": 8, "9-32": 32, "33-128": 128, ">128": float("inf"),
 }  # fmt: skip
 
-# the weight with zeros filled in; the product over stored blocks; over blocks merged into larger
-# ones; the dense product without dead rows and columns
-FORMS = ("dense", "sparse", "merged", "compacted")
+# the weight with zeros filled in; the same as the left operand of a product, for few rows on a CPU;
+# the product over stored blocks; over blocks merged into larger ones; the dense product without
+# dead rows and columns
+FORMS = ("dense", "dense_left", "sparse", "merged", "compacted")
 
 NO_GATES = "none"  # gate kind of a layer that was pruned elsewhere
 
@@ -48,6 +50,7 @@ class SparseModule(nn.Module):
             the cost model and on this machine; empty where none was asked for.
         trainable: whether ``values`` is a Parameter.
         dense_weight: dense copy, if a form needs it and it was not forbidden.
+        wide_weight: dense copy in fp32 of 16-bit values, likewise, for ``"dense_left"``.
     """
 
     values: torch.Tensor
@@ -62,6 +65,7 @@ class SparseModule(nn.Module):
     measured: dict[str, float]
     trainable: bool = False
     dense_weight: torch.Tensor | None
+    wide_weight: torch.Tensor | None
 
     dense_type: type[nn.Module]
     can_multiply_blocks = False  # whether there is a product over stored blocks
@@ -161,6 +165,7 @@ class SparseModule(nn.Module):
             for name in _DERIVED:
                 self.register_buffer(name, getattr(matrix, name), persistent=False)
         self.register_buffer("dense_weight", None, persistent=False)
+        self.register_buffer("wide_weight", None, persistent=False)
 
     @property
     def possible_forms(self) -> tuple[str, ...]:
@@ -206,9 +211,13 @@ class SparseModule(nn.Module):
         for name in (*_MERGED, *_COMPACT):
             self._buffers.pop(name, None)
         self._matrices.pop("merged", None)
-        forms, self.dense_weight = set(self.forms.values()), None
-        if "dense" in forms and self._dense_copy and not self.trainable:
-            self.dense_weight = self.stored.to_dense()
+        forms, self.dense_weight, self.wide_weight = set(self.forms.values()), None, None
+        if self._dense_copy and not self.trainable:
+            wide = "dense_left" in forms and self.values.dtype.itemsize < 4
+            if "dense" in forms or ("dense_left" in forms and not wide):
+                self.dense_weight = self.stored.to_dense()
+            if wide:
+                self.wide_weight = self.stored.to_dense().float()
         if "merged" in forms:
             assert self.serve_block is not None
             matrix = self.stored.merged(self.serve_block).matrix
@@ -223,7 +232,7 @@ class SparseModule(nn.Module):
     @property
     def bytes_beside(self) -> int:
         """Bytes of weights that forms keep beside the stored one."""
-        names = ("dense_weight", "merged_values", "compact_weight")
+        names = ("dense_weight", "wide_weight", "merged_values", "compact_weight")
         return sum(t.nbytes for name in names if (t := self._buffers.get(name)) is not None)
 
     def form_of(self, rows: int) -> str:
@@ -284,13 +293,16 @@ class SparseModule(nn.Module):
 
     def _apply(self, fn, recurse=True):
         before = {n: b for n in _INDEX if (b := self._buffers.get(n)) is not None}
-        super()._apply(fn, recurse)
+        dtype = self.values.dtype
+        super()._apply(fn, recurse)  # casts the copy that has to stay in fp32 as well
         if not all(_same_or_meta(old, self._buffers[name]) for name, old in before.items()):
             # to_empty(): what the memory held is no index, and an index is an address to a kernel
             weight = torch.zeros(self.weight_shape, dtype=self.values.dtype)
             nothing = torch.zeros(self.layout.gate_shape, dtype=torch.bool)
             empty = StoredWeight.from_gated(weight, nothing, self.layout)
             self.store(stored_like(empty, self.values))
+            self.prepare()
+        elif self.values.dtype != dtype or _is_narrow(self._buffers["wide_weight"]):
             self.prepare()
         self._matrices.clear()
         return self
@@ -328,9 +340,25 @@ class BlockSparseLinear(SparseModule, nn.Linear):
             if weight is None:
                 weight = self.full_weight()
             return nn.functional.linear(input, weight, self.bias)
+        if form == "dense_left":
+            return self._dense_left(input)
         if form == "compacted":
             return compacted_linear(input, self.bias, *self._compacted())
         return bsr_linear(input, self._matrix_of(form), self.bias)
+
+    def _dense_left(self, input: torch.Tensor) -> torch.Tensor:
+        weight = self._buffers["wide_weight"]
+        weight = self.full_weight() if weight is None else weight
+        if torch.compiler.is_compiling() or torch.is_autocast_enabled(input.device.type):
+            weight = weight.to(self.values.dtype)
+            return nn.functional.linear(input, weight, self.bias)
+        if input.dtype != self.values.dtype:
+            raise ValueError(
+                f"{self!r}: the input is {input.dtype}, the weight {self.values.dtype}; cast one "
+                "of them, or use torch.autocast"
+            )
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        return dense_linear(input, weight.to(wide), self.bias)
 
     def _empty_dense(self) -> nn.Module:
         return nn.Linear(self.in_features, self.out_features, self.bias is not None, "meta")
@@ -392,7 +420,7 @@ _ATTRIBUTES = (
     "forms", "reason", "expected", "measured", "_dense_copy", "_steps", "_one_form",
     "_matrices", "_shapes",
 )  # fmt: skip
-_OWN_BUFFERS = (*_MATRIX, "bits", *_MERGED, *_COMPACT, "dense_weight")
+_OWN_BUFFERS = (*_MATRIX, "bits", *_MERGED, *_COMPACT, "dense_weight", "wide_weight")
 
 
 def _remove_buffers(layer: SparseModule) -> None:
@@ -400,6 +428,10 @@ def _remove_buffers(layer: SparseModule) -> None:
     for name in _OWN_BUFFERS:
         layer._buffers.pop(name, None)
     layer._non_persistent_buffers_set.difference_update(_OWN_BUFFERS)
+
+
+def _is_narrow(copied: torch.Tensor | None) -> bool:
+    return copied is not None and copied.dtype != torch.float32
 
 
 def _same_or_meta(old: torch.Tensor, new: torch.Tensor | None) -> bool:
@@ -418,6 +450,7 @@ def possible_forms(
     """The forms of a layer of ``dense_type`` that is stored as ``layout`` says."""
     has = {
         "dense": True,
+        "dense_left": dense_type is nn.Linear and not trainable,
         "sparse": dense_type in _MULTIPLIES_BLOCKS and not layout.per_weight,
         "merged": serve_block is not None and dense_type in _MULTIPLIES_BLOCKS and not trainable,
         "compacted": layout.groups == 1 and not trainable,

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrize, prune
 
 import sgtriton
-from sgtriton import serving
+from sgtriton import planning
 from sgtriton.sparse_layers import BlockSparseConv2d, BlockSparseLinear
 
 
@@ -267,7 +267,7 @@ def test_failure_while_forms_are_chosen_changes_nothing(monkeypatch):
     def fail(*args, **kwargs):
         raise ValueError("no time")
 
-    monkeypatch.setattr(serving, "interleaved_ms", fail)
+    monkeypatch.setattr(planning, "interleaved_ms", fail)
     with pytest.raises(ValueError, match="no time"):
         sgtriton.sparsify(model, block=(1, None))
     assert_unchanged(model, before)

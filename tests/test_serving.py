@@ -10,7 +10,7 @@ from helpers import assert_close, assert_exact, assert_within_twice
 from torch import nn
 
 import sgtriton
-from sgtriton import serving
+from sgtriton import planning
 from sgtriton.layers import GatedModule
 from sgtriton.sparse_layers import (
     BUCKETS,
@@ -176,36 +176,42 @@ class FakeTimes:
 
     def __init__(self, monkeypatch, speedups):
         self.speedups, self.asked, self.again = speedups, [], []
-        monkeypatch.setattr(serving, "interleaved_ms", self)
+        monkeypatch.setattr(planning, "interleaved_ms", self)
 
     def __call__(self, candidates, device, seconds):
         dense, *others = (call() for call in candidates)  # all must work
         for other in others:
             assert_close("candidates", other, dense)
         rows = dense.shape[0]
-        (self.asked if seconds == serving._SECONDS else self.again).append(rows)
-        return [self.speedups[rows], *[1.0] * len(others)]
+        (self.asked if seconds == planning._SECONDS else self.again).append(rows)
+        # dense, and dense with the weight to the left; then the others
+        again = seconds == planning._LONGER
+        left = [] if again and self.speedups[rows] > planning._CLOSE else [self.speedups[rows]]
+        times = [self.speedups[rows], *left, 1.0, *[1.01] * len(others)]
+        return times[: len(candidates)]
 
 
 def test_faster_form_is_taken_for_each_bucket(monkeypatch):
     """The table says dense is faster at batch 1: dense is taken there, and the summary says so."""
-    times = FakeTimes(monkeypatch, {1: 0.5, 8: 0.96, 32: 1.5, 128: 3.0, 512: 0.1})
-    model = sgtriton.sparsify(mlp().eval())
-    assert times.asked == [1, 8, 32, 128, 512] * 2
+    times = FakeTimes(
+        monkeypatch, {1: 0.5, 2: 2, 8: 0.96, 16: 1.5, 32: 1.5, 64: 3.0, 128: 3.0, 512: 0.1}
+    )
+    model = sgtriton.sparsify(mlp().eval(), dense_copy=True)
+    assert times.asked == [1, 2, 8, 16, 32, 64, 128, 512] * 2
     for layer in (model[0], model[2]):
         assert layer.forms == {
             "1": "dense", "2-8": "dense", "9-32": "sparse", "33-128": "sparse", ">128": "dense",
         }  # fmt: skip
         assert layer.dense_weight is not None
-        for said in ("0.5x at M=1", "3x at M=128", "0.1x at M=512"):
+        for said in ("0.5x at M 1", "3x at M 33-128", "0.1x at M >128"):
             assert said in layer.reason
-        assert layer.measured == {
-            "1": 0.5, "2-8": 0.96, "9-32": 1.5, "33-128": 3.0, ">128": 0.1,
-        }  # fmt: skip
+        assert layer.measured == pytest.approx(
+            {"1": 0.5, "2-8": 0.96, "9-32": 1.5, "33-128": 3.0, ">128": 0.1}
+        )
         assert layer.expected.keys() == layer.measured.keys()
     text = " ".join(str(sgtriton.summary(model)).split())
     assert "sparse at M 9-32, 33-128; else dense" in text
-    assert "0.5x at M=1" in text
+    assert "0.5x at M 1" in text
 
 
 @pytest.mark.parametrize(
@@ -213,7 +219,7 @@ def test_faster_form_is_taken_for_each_bucket(monkeypatch):
     [(1 / 0.9 + 1e-6, "sparse"), (1 / 0.9 - 1e-6, "dense"), (1.0, "dense"), (1.02, "dense")],
 )
 def test_sparse_must_win_by_more_than_the_noise(monkeypatch, dense_ms, form):
-    FakeTimes(monkeypatch, dict.fromkeys((1, 8, 32, 128, 512), dense_ms))
+    FakeTimes(monkeypatch, dict.fromkeys((1, 2, 8, 16, 32, 64, 128, 512), dense_ms))
     layer = sgtriton.sparsify(mlp())[0]
     assert set(layer.forms.values()) == {form}
     assert (layer.dense_weight is None) == (form == "sparse")
@@ -222,7 +228,7 @@ def test_sparse_must_win_by_more_than_the_noise(monkeypatch, dense_ms, form):
 def test_rows_that_are_timed_lie_in_their_bucket():
     lower = 0
     for bucket, end in BUCKETS.items():
-        assert lower < serving._ROWS[bucket] <= end
+        assert all(lower < rows <= end for rows in planning._ROWS[bucket])
         lower = end
 
 
@@ -230,9 +236,9 @@ def test_rows_that_are_timed_lie_in_their_bucket():
     "dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str
 )
 def test_every_dtype_is_timed(monkeypatch, dtype):
-    times = FakeTimes(monkeypatch, dict.fromkeys((1, 8, 32, 128, 512), 2.0))
+    times = FakeTimes(monkeypatch, dict.fromkeys((1, 2, 8, 16, 32, 64, 128, 512), 2.0))
     model = sgtriton.sparsify(mlp().to(dtype))
-    assert len(times.asked) == 10
+    assert len(times.asked) == 2 * sum(map(len, planning._ROWS.values()))
     assert model[0].form == "sparse"
 
 
@@ -250,7 +256,7 @@ def test_bias_of_another_dtype_does_not_stop_the_timing():
 
 
 def test_fixed_forms_are_not_timed(monkeypatch):
-    monkeypatch.setattr(serving, "interleaved_ms", None)
+    monkeypatch.setattr(planning, "interleaved_ms", None)
     for form in ("sparse", "dense"):
         layer = sgtriton.sparsify(mlp(), form=form)[0]
         assert set(layer.forms.values()) == {form}
@@ -259,15 +265,47 @@ def test_fixed_forms_are_not_timed(monkeypatch):
 
 
 def test_layers_without_a_choice_are_not_timed(monkeypatch):
-    monkeypatch.setattr(serving, "interleaved_ms", None)
+    monkeypatch.setattr(planning, "interleaved_ms", None)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 4))
     sgtriton.patch(model, block=(2, 2), include="0")
     sgtriton.patch(model, block=(1, 1))
-    for form in ("auto", "sparse"):
-        served = sgtriton.sparsify(copy.deepcopy(model), form=form)
-        assert served[0].form == served[2].form == "dense"
-        assert served[0].reason == "convolutions are computed dense"
-        assert served[2].reason == "per-weight gates are computed dense"
+    served = sgtriton.sparsify(copy.deepcopy(model), form="sparse")
+    assert served[0].form == served[2].form == "dense"
+    assert served[0].reason == "convolutions are computed dense"
+    assert served[2].reason == "per-weight gates are computed dense"
+    unpatched = sgtriton.unpatch(model, fold=True)
+    conv = sgtriton.sparsify(sgtriton.patch(unpatched, block=(2, 2), include="0"))
+    assert conv[0].reason == "convolutions are computed dense"
+
+
+def test_per_weight_layers_choose_between_two_dense_products(monkeypatch):
+    def times(calls, device, seconds):
+        outs = [call() for call in calls]
+        assert_close("candidates", outs[1], outs[0])
+        return [1.0, 0.5]
+
+    monkeypatch.setattr(planning, "interleaved_ms", times)
+    model = open_some(sgtriton.patch(nn.Sequential(nn.Linear(16, 4)), block=(1, 1)))
+    layer = sgtriton.sparsify(model)[0]
+    assert layer.form == "dense_left"
+    assert layer.reason.startswith("dense_left against dense: 2x at M 1")
+
+
+@pytest.mark.parametrize(
+    ("speedups", "form", "worth"),
+    [((0.99, 5.0), "dense", 0.99), ((1.0, 1.44), "sparse", 1.2), ((1.0, 1.1), "dense", 1.05)],
+)
+def test_a_form_must_be_slower_nowhere_in_its_bucket(monkeypatch, speedups, form, worth):
+    def times(candidates, device, seconds):
+        rows = candidates[0]().shape[0]
+        dense = {16: speedups[0], 32: speedups[1]}.get(rows, 1.0)
+        return [dense, 9.0, *[1.0] * (len(candidates) - 2)]
+
+    monkeypatch.setattr(planning, "interleaved_ms", times)
+    monkeypatch.setattr(planning, "_CLOSE", 0.0)  # no second look
+    layer = sgtriton.sparsify(mlp())[0]
+    assert layer.forms == {**dict.fromkeys(BUCKETS, "dense"), "9-32": form}
+    assert layer.measured["9-32"] == pytest.approx(worth, abs=2e-3)
 
 
 def test_sparsify_leaves_the_random_stream_alone():
@@ -538,12 +576,12 @@ def test_convolutions_choose_their_form_too(monkeypatch, kind):
         seen.append(dense.numel() // 12)
         return [2.0, *[1.5] * (len(others) - 1), 1.0]
 
-    monkeypatch.setattr(serving, "interleaved_ms", times)
+    monkeypatch.setattr(planning, "interleaved_ms", times)
     layer = sgtriton.sparsify(model)[0]
     assert layer.form == ("dense" if kind == "grouped" else "compacted")
     assert seen == ([] if kind == "grouped" else seen)
     if kind == "conv":
-        assert seen == [1, 9, 36, 121, 529]  # about the rows of each bucket
+        assert seen == [1, 1, 9, 16, 36, 64, 121, 529]  # about the rows of each bucket
     assert_close("out", model(x), out)
 
 
@@ -570,26 +608,27 @@ def test_forms_that_are_close_are_timed_again(monkeypatch):
 
     def times(candidates, device, seconds):
         asked.append((len(candidates), seconds))
-        if seconds == serving._SECONDS:
-            return [2.0, 1.0, 1.1, 1.5]  # dense, sparse, merged, compacted
+        if seconds == planning._SECONDS:
+            return [2.0, 1.9, 1.0, 1.1, 1.5]  # dense, dense_left, sparse, merged, compacted
         return [2.0, 1.1, 1.0]
 
-    monkeypatch.setattr(serving, "interleaved_ms", times)
+    monkeypatch.setattr(planning, "interleaved_ms", times)
+    looks = sum(map(len, planning._ROWS.values()))
     model = columns_dead(nn.Sequential(nn.Linear(64, 48)))
     layer = sgtriton.sparsify(model)[0]
     assert layer.form == "merged"
-    assert asked == [(4, serving._SECONDS), (3, serving._LONGER)] * len(BUCKETS)
+    assert asked == [(5, planning._SECONDS), (3, planning._LONGER)] * looks
     asked.clear()
-    monkeypatch.setattr(serving, "_CLOSE", 1.05)
+    monkeypatch.setattr(planning, "_CLOSE", 1.05)
     layer = sgtriton.sparsify(columns_dead(nn.Sequential(nn.Linear(64, 48))))[0]
     assert layer.form == "sparse"
-    assert asked == [(4, serving._SECONDS)] * len(BUCKETS)
+    assert asked == [(5, planning._SECONDS)] * looks
 
 
 def test_forms_are_looked_up_without_timing(monkeypatch):
-    monkeypatch.setattr(serving, "interleaved_ms", None)
+    monkeypatch.setattr(planning, "interleaved_ms", None)
     monkeypatch.setattr(
-        serving, "lookup_form", lambda layout, density, rows, *a: ("sparse", 2.0 + rows)
+        planning, "lookup_form", lambda layout, density, rows, *a: ("sparse", 2.0 + rows)
     )
     layer = sgtriton.sparsify(columns_dead(nn.Sequential(nn.Linear(64, 48))), form="lookup")[0]
     assert layer.form == "sparse"
@@ -606,7 +645,7 @@ def test_cost_model_prefers_what_reads_little_and_dense_where_nothing_is_gained(
     layout, cpu = gate_layout((4096, 1024), (64, 64)), torch.device("cpu")
 
     def look(**density):
-        return serving.lookup_form(layout, {"dense": 1.0, **density}, 512, torch.float32, cpu)
+        return planning.lookup_form(layout, {"dense": 1.0, **density}, 512, torch.float32, cpu)
 
     assert look() == ("dense", 1.0)
     assert look(sparse=1.0) == ("dense", 1.0)
@@ -616,7 +655,7 @@ def test_cost_model_prefers_what_reads_little_and_dense_where_nothing_is_gained(
     assert look(sparse=0.05)[1] > speedup
     assert look(sparse=0.1, compacted=0.01)[0] == "compacted"
     small = gate_layout((16, 16), (4, 4))
-    assert serving.lookup_form(small, {"dense": 1.0, "sparse": 0.1}, 1, torch.float32, cpu) == (
+    assert planning.lookup_form(small, {"dense": 1.0, "sparse": 0.1}, 1, torch.float32, cpu) == (
         "dense", 1.0,
     )  # fmt: skip
 

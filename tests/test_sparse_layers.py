@@ -153,6 +153,12 @@ def test_any_leading_shape_comes_back(shape, form):
     assert_close(form, model(x), out)
 
 
+@pytest.fixture(autouse=True)
+def _forget_compiled_code():
+    """Layers of all tests share the code that is compiled, and there is a limit to recompiling."""
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("form", ["sparse", "dense"])
 @torch.no_grad()
 def test_strided_input_is_read_right_and_left_alone(form):
@@ -164,7 +170,7 @@ def test_strided_input_is_read_right_and_left_alone(form):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("form", ["sparse", "dense"])
+@pytest.mark.parametrize("form", ["sparse", "dense", "dense_left"])
 @torch.no_grad()
 def test_autocast_gives_its_dtype_in_every_form(form, dtype):
     model = gated(nn.Linear(48, 20), (4, 4))
@@ -536,7 +542,7 @@ def test_users_buffers_and_hooks_stay():
 def test_forms_that_do_not_exist_are_refused(forms):
     layer = served(nn.Linear(12, 8), (4, 4))[0]
     with pytest.raises(
-        ValueError, match=r"forms must give one of \('dense', 'sparse', 'compacted'\)"
+        ValueError, match=r"forms must give one of \('dense', 'dense_left', 'sparse', 'compacted'\)"
     ):
         layer.set_forms(forms, "a test", True)
     assert layer.forms == SPARSE
@@ -548,7 +554,9 @@ def test_forms_that_do_not_exist_are_refused(forms):
 )
 def test_sparse_form_is_refused_where_there_is_none(make, block):
     layer = served(make(), block)[0]
-    with pytest.raises(ValueError, match=r"one of \('dense', 'compacted'\) for each"):
+    with pytest.raises(
+        ValueError, match=r"one of \('dense', ('dense_left', )?'compacted'\) for each"
+    ):
         layer.set_forms(SPARSE, "a test", True)
     assert layer.forms == DENSE
 
@@ -674,3 +682,96 @@ def test_dense_layer_keeps_a_bias_of_another_dtype_that_does_not_train():
     assert dense.weight.dtype == torch.bfloat16
     assert dense.bias.dtype == torch.float32
     assert not dense.bias.requires_grad
+
+
+LEFT = dict.fromkeys(BUCKETS, "dense_left")
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("block", [(8, 16), (1, 1)])
+@torch.no_grad()
+def test_weight_to_the_left_computes_what_the_gated_layer_does(block, bias, dtype):
+    model = gated(nn.Linear(53, 37, bias=bias).to(dtype), block)
+    reference = copy.deepcopy(model).double()
+    inputs = [torch.randn(shape).to(dtype) for shape in ((53,), (0, 53), (1, 53), (2, 3, 53))]
+    outs = [model(x) for x in inputs]
+    sgtriton.sparsify(model, form="dense_left")
+    layer = model[0]
+    assert layer.form == "dense_left"
+    wide = dtype.itemsize < 4
+    assert (layer.wide_weight is not None) == wide
+    assert (layer.dense_weight is None) == wide
+    assert layer.bytes_beside == 37 * 53 * max(4, dtype.itemsize)
+    for x, out in zip(inputs, outs, strict=True):
+        assert model(x).shape == out.shape
+        if dtype == torch.float64:
+            assert_close("out", model(x), out)
+        else:
+            assert_within_twice("out", model(x), reference(x.double()), out)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@torch.no_grad()
+def test_wide_copy_follows_the_layer(dtype, tmp_path):
+    """Copies, casts, states and files: the fp32 copy is there for 16-bit values, and right."""
+    model = served(nn.Linear(24, 16).to(dtype), (4, 4), form="dense_left")
+    x = torch.randn(3, 24)
+    for name, other in {
+        "deepcopy": copy.deepcopy(model),
+        "pickle": pickle.loads(pickle.dumps(model)),
+        "half": copy.deepcopy(model).half(),
+        "float": copy.deepcopy(model).float(),
+        "bfloat16": copy.deepcopy(model).bfloat16(),
+    }.items():
+        layer = other[0]
+        wide = layer.values.dtype.itemsize < 4
+        assert (layer.wide_weight is not None) == wide, name
+        copied = layer.wide_weight if wide else layer.dense_weight
+        assert copied.dtype == torch.float32, name
+        assert_exact(name, copied, layer.stored.to_dense())
+        assert other(x.to(layer.values.dtype)).dtype == layer.values.dtype
+    pattern = served(nn.Linear(24, 16).to(dtype), (4, 4), share=0.9, form="dense_left")
+    model.load_state_dict(pattern.state_dict())
+    assert_exact("loaded", model(x.to(dtype)), pattern(x.to(dtype)))
+    sgtriton.save(model, tmp_path / "left.sgt")
+    again = sgtriton.load(nn.Sequential(nn.Linear(24, 16)).to(dtype), tmp_path / "left.sgt")
+    assert again[0].forms == LEFT
+    assert_exact("reloaded", again(x.to(dtype)), model(x.to(dtype)))
+    densify_layer(model[0])
+    assert "wide_weight" not in model[0]._buffers
+    assert type(model[0]) is nn.Linear
+
+
+@torch.no_grad()
+def test_layer_of_16_bits_may_keep_both_copies():
+    layer = served(nn.Linear(24, 16).half(), (4, 4), form="dense")[0]
+    layer.set_forms({**DENSE, "1": "dense_left"}, "a test", True)
+    assert layer.dense_weight.dtype == torch.float16
+    assert layer.wide_weight.dtype == torch.float32
+    assert layer.bytes_beside == 24 * 16 * (2 + 4)
+    layer.set_forms(LEFT, "a test", False)  # without a copy it is filled in at each call
+    assert layer.dense_weight is layer.wide_weight is None
+    x = torch.randn(3, 24).half()
+    assert_close("out", layer(x), nn.functional.linear(x, layer.full_weight(), layer.bias))
+
+
+@torch.no_grad()
+def test_weight_to_the_left_compiles_and_exports_and_checks_its_input():
+    for dtype in (torch.float32, torch.bfloat16):
+        model = served(nn.Linear(24, 16).to(dtype), (4, 4), form="dense_left")
+        x = torch.randn(3, 24).to(dtype)
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        assert_close("compiled", compiled(x), model(x))
+        assert_close("exported", torch.export.export(model, (x,)).module()(x), model(x))
+        with pytest.raises(ValueError, match=r"the input is torch\.float64"):
+            model(x.double())
+
+
+def test_weight_to_the_left_trains_its_bias_and_passes_the_gradient_on():
+    model = served(nn.Linear(12, 8), (4, 4), form="dense_left")
+    weight = model[0].full_weight()
+    x = torch.randn(3, 12, requires_grad=True)
+    model(x).sum().backward()
+    assert_close("dx", x.grad, weight.sum(0).expand(3, 12))
+    assert_exact("bias", model[0].bias.grad, torch.full((8,), 3.0))

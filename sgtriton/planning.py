@@ -1,0 +1,362 @@
+"""In which form a served layer computes, for each bucket of M: as told, looked up, or timed."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from sgtriton_kernels import BlockSparse, GateLayout, bsr_linear
+from sgtriton_kernels.dense_products import dense_linear
+from torch import nn
+
+from .compact import compact
+from .pruned import shown
+from .sparse_layers import (
+    BUCKETS,
+    FORMS,
+    SparseModule,
+    compacted_conv,
+    compacted_linear,
+    dense_type_of,
+    possible_forms,
+)
+from .stored import StoredWeight
+from .timing import interleaved_ms
+
+# M that stand for a bucket: a form is worth its mean there, and nothing if it is slower at one
+_ROWS = {"1": (1,), "2-8": (2, 8), "9-32": (16, 32), "33-128": (64, 128), ">128": (512,)}
+_MARGIN = 0.9  # a form must beat dense by more than a timing's noise
+_SECONDS = 0.03  # that a first look at the forms takes, at each M
+_CLOSE, _LONGER = 1.15, 0.12  # those so near to the fastest are timed again, for so many seconds
+
+Call = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """In which form a layer computes, and why; see :class:`SparseModule`."""
+
+    forms: dict[str, str]
+    reason: str
+    expected: dict[str, float] = field(default_factory=dict)
+    measured: dict[str, float] = field(default_factory=dict)
+
+    def apply_to(self, layer: SparseModule, dense_copy: bool) -> None:
+        """Have a layer compute so."""
+        layer.set_forms(self.forms, self.reason, dense_copy, self.expected, self.measured)
+
+
+@torch.no_grad()
+def plan_forms(
+    layer: nn.Module,
+    stored: StoredWeight,
+    form: str = "auto",
+    serve_block: tuple[int, int] | None = None,
+    dense_copy: bool = True,
+    trainable: bool = False,
+) -> Plan:
+    """The form for each bucket of M, and why: as told, by the cost model, or the fastest here.
+
+    Args:
+        layer: dense, gated or sparse; only read.
+        stored: its open weights, on the device and in the dtype in which they will be served.
+        form: ``"auto"`` | ``"lookup"`` | one of ``FORMS``.
+        serve_block: of the merged form.
+        dense_copy: whether the dense form keeps one.
+        trainable: whether the layer will be trained.
+    """
+    dense_type = dense_type_of(layer)
+    assert dense_type is not None
+    possible = possible_forms(dense_type, stored.layout, serve_block, trainable)
+    weight = stored.to_dense()
+    if form in FORMS:
+        return _fixed(form, stored, possible)
+    if possible == ("dense",):
+        return Plan(dict.fromkeys(BUCKETS, "dense"), _why_dense(stored.layout))
+    shares: dict[str, float] = {"dense": 1.0}
+    calls: dict[str, Call] = {}
+    if "dense_left" in possible and dense_copy and weight.device.type == "cpu":
+        shares["dense_left"] = 1.0
+        calls["dense_left"] = _dense_left_call(layer, weight)
+    if trainable:  # its values are a leaf, as in training
+        stored = stored.with_values(stored.tensors()["values"].detach().requires_grad_())
+    if "compacted" in possible:
+        parts = compact(weight)
+        if parts[1] is not None or parts[2] is not None:
+            shares["compacted"] = parts[0].numel() / weight.numel()
+            calls["compacted"] = _compacted_call(layer, parts)
+    if "sparse" in possible:
+        assert stored.matrix is not None
+        shares["sparse"] = stored.matrix.density
+        calls["sparse"] = _block_call(layer, stored.matrix)
+    if "merged" in possible:
+        assert serve_block is not None
+        merged = stored.merged(serve_block).matrix
+        assert merged is not None
+        shares["merged"] = merged.density
+        calls["merged"] = _block_call(layer, merged)
+    others = {name: calls[name] for name in FORMS if name in calls}
+    if not others:
+        return Plan(dict.fromkeys(BUCKETS, "dense"), _why_dense(stored.layout))
+    if form == "lookup":
+        return _by_lookup(stored.layout, shares, serve_block, weight)
+    kept = dense_copy and not trainable
+    dense = _dense_call(layer, weight) if kept else _filled_call(layer, stored)
+    calls = {"dense": dense, **others}
+    if trainable:
+        values = stored.tensors()["values"]
+        calls = {name: _with_backward(call, values) for name, call in calls.items()}
+    return _by_timing(layer, stored.layout, calls, shares, serve_block, weight)
+
+
+def _why_dense(layout: GateLayout) -> str:
+    what = "per-weight gates" if layout.per_weight else "convolutions"
+    return f"{what} are computed dense"
+
+
+def _fixed(form: str, stored: StoredWeight, possible: tuple[str, ...]) -> Plan:
+    """One form for all buckets, or the nearest that the layer has."""
+    layout, reason = stored.layout, "as asked for"
+    if form == "compacted" and form in possible:
+        _, cols, rows = compact(stored.to_dense())
+        if cols is None and rows is None:
+            form, reason = "dense", "no row or column is dead"
+    elif form == "compacted":
+        form, reason = "dense", "grouped convolutions are not compacted"
+    elif form == "merged" and form not in possible and "sparse" in possible:
+        if _is_served(layout.block):
+            form, reason = "sparse", f"blocks of {shown(layout.block)} are served as they are"
+        else:
+            reason = f"no served block is made of whole blocks of {shown(layout.block)}"
+            form = "dense"
+    elif form not in possible:
+        form, reason = "dense", _why_dense(layout)
+    return Plan(dict.fromkeys(BUCKETS, form), reason)
+
+
+def _is_served(block: tuple[int, int]) -> bool:
+    return all(side >= 16 and not side & (side - 1) for side in block)
+
+
+def _by_lookup(
+    layout: GateLayout,
+    shares: Mapping[str, float],
+    serve_block: tuple[int, int] | None,
+    weight: torch.Tensor,
+) -> Plan:
+    forms, expected = {}, {}
+    most = {bucket: rows[-1] for bucket, rows in _ROWS.items()}
+    for bucket, rows in most.items():
+        forms[bucket], expected[bucket] = lookup_form(
+            layout, shares, rows, weight.dtype, weight.device, serve_block
+        )
+    at = ", ".join(map(str, most.values()))
+    return Plan(forms, f"by the cost model, at M={at}", expected)
+
+
+# By kind of device, for the cost model; rough, for want of a measurement of each card.
+_RATES = {"cpu": (1e11, 1e10), "cuda": (2e14, 2e12)}  # multiply-adds * 2, bytes, both in a second
+# seconds
+_CALL = {"dense": 5e-6, "dense_left": 1e-5, "compacted": 1e-5, "sparse": 5e-5, "merged": 5e-5}
+_REACHED = {64: 0.6, 32: 0.45, 16: 0.25, 1: 0.05}  # of the dense rate, by a block's shorter side
+
+
+def expected_speedup(
+    form: str,
+    block: tuple[int, int],
+    share: float,
+    weight_shape: tuple[int, ...],
+    rows: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> float:
+    """How much faster than the dense product a form is expected to be.
+
+    Args:
+        form: one of ``FORMS``.
+        block: of the stored weight that it reads.
+        share: of the dense weights that it reads.
+        weight_shape: of the dense weight.
+        rows: of x.
+        dtype, device: of the weight.
+    """
+    rate, bandwidth = _RATES.get(device.type, _RATES["cuda"])
+    size = math.prod(weight_shape)
+    work = max(2 * rows * size / rate, size * dtype.itemsize / bandwidth)
+    reached = 1.0
+    if form in ("sparse", "merged"):
+        reached = next(part for side, part in _REACHED.items() if min(block) >= side)
+    return (_CALL["dense"] + work) / (_CALL[form] + work * share / reached)
+
+
+def lookup_form(
+    layout: GateLayout,
+    density: Mapping[str, float],
+    rows: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    serve_block: tuple[int, int] | None = None,
+) -> tuple[str, float]:
+    """The form that the cost model expects to be fastest; nothing is timed.
+
+    Args:
+        layout: how the gates lie over the weight.
+        density: form -> share of the dense weights that it reads, for each form that the layer has.
+        rows: of x.
+        dtype, device: of the weight.
+        serve_block: of the merged form.
+
+    Returns:
+        The form, and the speed-up over dense that is expected of it.
+    """
+    speedups = {
+        form: expected_speedup(
+            form,
+            serve_block if form == "merged" and serve_block else layout.block,
+            share,
+            layout.weight_shape,
+            rows,
+            dtype,
+            device,
+        )
+        for form, share in density.items()
+    }
+    best = max(speedups, key=lambda form: speedups[form])
+    return (best, speedups[best]) if _MARGIN * speedups[best] > 1 else ("dense", 1.0)
+
+
+def _by_timing(
+    layer: nn.Module,
+    layout: GateLayout,
+    calls: Mapping[str, Call],
+    shares: Mapping[str, float],
+    serve_block: tuple[int, int] | None,
+    weight: torch.Tensor,
+) -> Plan:
+    if weight.device.type != "cpu" and not _is_served(layout.block) and "merged" in calls:
+        # the Triton kernels do not serve the gates' own blocks
+        calls = {form: call for form, call in calls.items() if form != "sparse"}
+    forms, expected, measured, beside = {}, {}, {}, {}
+    random = torch.Generator(weight.device).manual_seed(0)  # the user's generator stays
+    for bucket, all_rows in _ROWS.items():
+        speedups: dict[str, list[float]] = {form: [] for form in calls}
+        for rows in all_rows:
+            times = _times(calls, _example_input(layer, rows, weight, random))
+            for form, ms in times.items():
+                speedups[form].append(times["dense"] / ms)
+        worth = {form: _worth(found) for form, found in speedups.items() if form != "dense"}
+        other = max(worth, key=lambda form: worth[form])
+        if worth[other] > 1 / _MARGIN:
+            forms[bucket] = other
+        else:  # how near the sparse ones came is what one wants to know
+            forms[bucket] = "dense"
+            sparse = [form for form in worth if form != "dense_left"]
+            other = max(sparse or [other], key=lambda form: worth[form])
+        beside[bucket], measured[bucket] = other, worth[other]
+        block = serve_block if other == "merged" and serve_block else layout.block
+        expected[bucket] = expected_speedup(
+            other, block, shares[other], layout.weight_shape, all_rows[-1], weight.dtype,
+            weight.device,
+        )  # fmt: skip
+    return Plan(forms, _speedups_in_words(beside, measured), expected, measured)
+
+
+def _worth(speedups: list[float]) -> float:
+    """The mean speed-up of a form in a bucket, or the least where that is below 1."""
+    if len(speedups) == 1 or min(speedups) < 1:
+        return min(speedups)
+    return statistics.geometric_mean(speedups)
+
+
+def _times(calls: Mapping[str, Call], x: torch.Tensor) -> dict[str, float]:
+    """Milliseconds of each form; those that are near to the fastest are looked at twice."""
+    times = _timed(calls, x, _SECONDS)
+    fastest = min(times.values())
+    close = {form for form, ms in times.items() if ms <= _CLOSE * fastest}
+    if len(close) < 2:
+        return times
+    again = {form: call for form, call in calls.items() if form in close or form == "dense"}
+    return times | _timed(again, x, _LONGER)
+
+
+def _timed(calls: Mapping[str, Call], x: torch.Tensor, seconds: float) -> dict[str, float]:
+    candidates = [lambda call=call: call(x) for call in calls.values()]
+    return dict(zip(calls, interleaved_ms(candidates, x.device, seconds=seconds), strict=True))
+
+
+def _speedups_in_words(beside: Mapping[str, str], measured: Mapping[str, float]) -> str:
+    """``sparse against dense: 0.5x at M 1, 0.9x at M 2-8``, for each form that came in question."""
+    parts = []
+    for form in dict.fromkeys(beside.values()):
+        said = [
+            f"{measured[bucket]:.2g}x at M {bucket}" for bucket in _ROWS if beside[bucket] == form
+        ]
+        parts.append(f"{form} against dense: {', '.join(said)}")
+    return "; ".join(parts)
+
+
+def _example_input(
+    layer: nn.Module, rows: int, weight: torch.Tensor, random: torch.Generator
+) -> torch.Tensor:
+    """An input of so many rows: of a convolution, about so many output positions."""
+    shape = [rows, weight.shape[1]]
+    if weight.dim() > 2:
+        side = max(1, round(rows ** (1 / (weight.dim() - 2))))
+        pads = layer.padding if isinstance(layer.padding, tuple) else None  # pyright: ignore
+        shape = [1, layer.in_channels]  # pyright: ignore[reportAttributeAccessIssue]
+        for i, kernel in enumerate(weight.shape[2:]):
+            reach = layer.dilation[i] * (kernel - 1)  # pyright: ignore
+            pad = pads[i] if pads else reach if layer.padding == "same" else 0
+            size = (side - 1) * layer.stride[i] + reach + 1 - 2 * pad  # pyright: ignore
+            shape.append(max(size, pad + 1))  # padding by reflection needs as much
+    x = torch.randn(shape, device=weight.device, generator=random)
+    return x.to(weight.dtype)
+
+
+def _bias_like(layer: nn.Module, weight: torch.Tensor) -> torch.Tensor | None:
+    bias = layer.bias  # pyright: ignore[reportAttributeAccessIssue]
+    # they may differ in a model for autocast
+    return None if bias is None else bias.detach().to(weight.dtype)  # pyright: ignore
+
+
+def _dense_call(layer: nn.Module, weight: torch.Tensor) -> Call:
+    bias = _bias_like(layer, weight)
+    if weight.dim() == 2:
+        return lambda x: nn.functional.linear(x, weight, bias)
+    return lambda x: layer._conv_forward(x, weight, bias)  # pyright: ignore
+
+
+def _dense_left_call(layer: nn.Module, weight: torch.Tensor) -> Call:
+    bias = _bias_like(layer, weight)
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    return lambda x: dense_linear(x, wide, bias)
+
+
+def _filled_call(layer: nn.Module, stored: StoredWeight) -> Call:
+    return lambda x: _dense_call(layer, stored.to_dense())(x)
+
+
+def _block_call(layer: nn.Module, matrix: BlockSparse) -> Call:
+    bias = _bias_like(layer, matrix.values)
+    return lambda x: bsr_linear(x, matrix, bias)
+
+
+def _compacted_call(layer: nn.Module, parts) -> Call:
+    bias = _bias_like(layer, parts[0])
+    if parts[0].dim() == 2:
+        return lambda x: compacted_linear(x, bias, *parts)
+    return lambda x: compacted_conv(layer, x, bias, *parts)
+
+
+def _with_backward(call: Call, values: torch.Tensor) -> Call:
+    def step(x: torch.Tensor) -> torch.Tensor:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            out = call(x)
+            torch.autograd.grad(out, (x, values), torch.ones_like(out))
+        return out.detach()
+
+    return step
