@@ -295,9 +295,9 @@ def _bsr_linear() -> Iterator[Variant]:
     bf16, fp32 = torch.bfloat16, torch.float32
     for dtype, sides in ((bf16, (16, 32, 64, 128)), (fp32, (32, 64))):
         for side in sides:
-            for m in (1, 8, *ROWS):
+            for m in (1, 8, 32, 48, *ROWS):
                 yield from _bsr_product("fwd", dtype, (side, side), m)
-            for m in ROWS:
+            for m in (32, 48, *ROWS):
                 yield from _bsr_product("dx", dtype, (side, side), m)
             for m in ROWS[2:]:
                 yield from _bsr_product("dvalues", dtype, (side, side), m)
@@ -330,13 +330,19 @@ def _bsr_product(
     index = functools.partial(_empty, dtype=torch.int32)
     crow, ccol, order = index(rows + 1), index(cols + 1), index(rows)
     col, row, perm = index(nnz + 1), index(nnz + 1), index(nnz)
+    pairs = bsr_product.PairedRows(
+        index(rows // 2 + 1), index(nnz + 1), index(nnz + 1, 2), index(rows // 2)
+    )
     run = {
+        "pairs": lambda: bsr_product.bsr_linear_fwd_pairs(
+            x2, values, pairs, bias, dy2, size, "gelu", tile
+        ),
         "fwd": lambda: bsr_product.bsr_linear_fwd(
             x2, values, crow, col, order, bias, dy2, size, "gelu", tile
         ),
         "dx": lambda: bsr_product.bsr_linear_dx(dy2, values, ccol, row, perm, size, tile),
         "dvalues": lambda: bsr_product.bsr_linear_dvalues(dy2, x2, values, row, col, perm, tile),
-    }[which]
+    }["pairs" if tile.form == "pairs" else which]
     launch, *later = launches_of(run)
     flags = launch.constexprs
     block_m, block_n, block_k = flags["BLOCK_M"], flags["BLOCK_N"], flags["BLOCK_K"]

@@ -14,7 +14,14 @@ from helpers import DTYPES, assert_exact, assert_within_twice, integers, layouts
 from sgtriton_kernels import bsr_product
 from sgtriton_kernels._triton import INTERPRETED, is_native, why_not_triton
 from sgtriton_kernels.bsr import BlockSparse
-from sgtriton_kernels.bsr_product import bsr_linear_dvalues, bsr_linear_dx, bsr_linear_fwd
+from sgtriton_kernels.bsr_product import (
+    PairedRows,
+    bsr_linear_dvalues,
+    bsr_linear_dx,
+    bsr_linear_fwd,
+    bsr_linear_fwd_pairs,
+    pair_rows,
+)  # fmt: skip
 from sgtriton_kernels.tiles import BSR_LINEAR_CANDIDATES, BsrTile, tile_for_bsr_linear
 from test_bsr import patterns
 
@@ -29,6 +36,7 @@ FORMS = {
     "split": replace(TILE, split=3),
     "vector": replace(TILE, BLOCK_M=4, form="vector"),
     "bulk": replace(TILE, bulk=True),
+    "pairs": replace(TILE, BLOCK_N=32, form="pairs"),
 }  # fmt: skip
 BACKWARD = {name: FORMS[name] for name in ("x_left", "weight_left", "split", "bulk")}
 # M, N, K: ragged everywhere, one tile, several tiles, one row
@@ -45,6 +53,13 @@ def _nan_outputs(device, request):
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+def forward(w, x, *rest):
+    """The launcher of the tile's form; ``w`` has the index and the values."""
+    if rest[-1].form == "pairs":
+        return bsr_linear_fwd_pairs(x, w.values, pair_rows(w.crow, w.col), *rest)
+    return bsr_linear_fwd(x, w.values, w.crow, w.col, w.row_order, *rest)
 
 
 class Case:
@@ -64,10 +79,9 @@ class Case:
         self.bias, self.residual = make(n).to(device, dtype), make(m, n).to(device, dtype)
 
     def fwd(self, tile, activation="none", x=None, bias=True, residual=True):
-        w, n = self.w, self.shape[1]
-        return bsr_linear_fwd(
-            self.x if x is None else x, w.values, w.crow, w.col, w.row_order,
-            self.bias if bias else None, self.residual if residual else None, n, activation, tile,
+        return forward(
+            self.w, self.x if x is None else x, self.bias if bias else None,
+            self.residual if residual else None, self.shape[1], activation, tile,
         )  # fmt: skip
 
     def dx(self, tile, dy=None):
@@ -251,6 +265,30 @@ def test_pipeline_depth_does_not_change_values(form, stages, device):
     assert_exact("dvalues", case.dvalues(tile), case.dvalues64())
 
 
+def test_pairs_hold_every_block_once(device):
+    for rows, cols in ((1, 1), (5, 3), (6, 4)):
+        for name, open in patterns(rows, cols).items():
+            dense = torch.ones(rows * 16, cols * 16, device=device)
+            w = BlockSparse.from_dense(dense, (16, 16), open)
+            pairs = pair_rows(w.crow, w.col)
+            assert {t.dtype for t in vars(pairs).values()} == {torch.int32}
+            lengths = pairs.starts.diff()
+            assert (lengths[pairs.order].diff() <= 0).all()
+            assert pairs.order.sort()[0].tolist() == list(range(-(-rows // 2)))
+            assert pairs.steps == int(pairs.starts[-1])
+            assert int(pairs.col[-1]) == 0
+            found = torch.zeros(rows, cols, dtype=torch.int64)
+            for p, (start, end) in enumerate(itertools.pairwise(pairs.starts.tolist())):
+                assert (pairs.col[start:end].diff() > 0).all()
+                for step, half in itertools.product(range(start, end), range(2)):
+                    block, row = int(pairs.which[step, half]), 2 * p + half
+                    if block >= 0:
+                        assert int(w.col[block]) == int(pairs.col[step])
+                        assert int(w.crow[row]) <= block < int(w.crow[row + 1])
+                        found[row, int(pairs.col[step])] += 1
+            assert torch.equal(found, open.long()), name
+
+
 @pytest.mark.parametrize("m", [1, 17])
 def test_copy_engine_serves_every_form(m, device, monkeypatch):
     if is_native(device):
@@ -332,7 +370,12 @@ def test_offsets_beyond_32_bits(form, which, device):
         used, values = x, huge
         starts, index = torch.tensor([first, first + 1]).int(), torch.zeros(first + 2).int()
     order = torch.zeros(1, dtype=torch.int32)
-    out = bsr_linear_fwd(used, values, starts, index, order, None, None, 16, "none", tile)
+    if form == "pairs":
+        which = torch.tensor([[starts[0], -1], [-1, -1]]).int()
+        pairs = PairedRows(torch.tensor([0, 1]).int(), index[:2], which, order)
+        out = bsr_linear_fwd_pairs(used, values, pairs, None, None, 16, "none", tile)
+    else:
+        out = bsr_linear_fwd(used, values, starts, index, order, None, None, 16, "none", tile)
     assert_exact("y", out, x @ dense.T)
     if form in BACKWARD:
         if which == "values":
@@ -455,6 +498,7 @@ def test_kernels_compile_for_every_card(card):
         *shipped("fwd", FP16, (16, 16), 128),
         *shipped("fwd", FP32, (64, 64), 512),
         *shipped("fwd", FP16, (64, 64), 512, size=4095),
+        *shipped("fwd", BF16, (64, 64), 128, tile=BsrTile(128, 128, 32, 4, 8, "pairs")),
         *shipped("dx", BF16, (64, 64), 16),
         *shipped("dx", BF16, (128, 128), 512),
         *shipped("dvalues", BF16, (64, 64), 512),

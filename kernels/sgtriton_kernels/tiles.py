@@ -32,7 +32,7 @@ class BsrTile:
         num_warps: warps per program.
         form: ``"x_left"``: x is the left operand; ``"weight_left"``: the weight is,
             ``y^T = W x^T``; ``"vector"``: no matrix instructions; ``"pairs"``: two block rows
-            share what they read of ``x``.
+            share what they read of ``x``, and ``BLOCK_N`` is twice the block's side.
         split: programs that share a block row's blocks; their sums are added in a fixed order.
         bulk: whether the copy engine brings tiles in, on cards that have one and where rows are
             aligned and blocks fill the dimension that is added up.
@@ -85,7 +85,7 @@ BSR_LINEAR_CANDIDATES = _candidates(
     ),
     *(
         BsrTile(128, m, k, stages, warps, "weight_left", split)
-        for m, k, stages, warps in ((16, 64, 4, 4), (16, 128, 3, 4), (32, 64, 4, 4), (64, 64, 3, 4))
+        for m, k, stages, warps in ((16, 64, 4, 4), (16, 128, 3, 4), (32, 64, 3, 4), (64, 64, 3, 4))
         for split in (1, 2, 4, 8)
     ),
     *(
@@ -101,6 +101,7 @@ BSR_LINEAR_CANDIDATES = _candidates(
         for m in (1, 2, 4)
     ),
     BsrTile(16, 8, 64, 3, 4, "vector"),
+    BsrTile(128, 64, 32, 4, 8, "pairs"), BsrTile(128, 128, 32, 4, 8, "pairs"),
 )  # fmt: skip
 
 _PROGRAMS = 264  # two for each multiprocessor of an H100
@@ -123,6 +124,8 @@ def tile_for_bsr_linear(
     first to do so) and shared memory.
 
     - Forward of up to 8 rows: ``"vector"``, 16 outputs a program, so that there are enough of them.
+    - Never ``"pairs"``, which pays only where block rows share most of their columns; who knows
+      that they do asks for it.
     - ``form``: ``"weight_left"`` under 64 rows where a tile has 64 outputs: Hopper's and
       Blackwell's matrix units take a left operand of 64 rows at the least. Else ``"x_left"``.
     - Rows (``BLOCK_M``): the power of two that covers ``M``, from 16 (the least a matrix
@@ -182,10 +185,12 @@ def tile_for_bsr_linear(
         block_n, block_k = (out, depth) if which == "fwd" else (depth, out)
     step *= dtype.itemsize
     stages = min(4 if aligned else 2, _SHARED_BYTES // step, _LDS_BYTES // step + 1)
+    if form == "weight_left" and block_m == 32:
+        stages = min(stages, 3)  # with four ptxas spills 8 bytes for sm_120
     if max(area, values) > 64 * 64 or (wide and max(area, values) >= 32 * 64):
         warps = 8
     else:
-        warps = 4 if area > 16 * 32 else 2
+        warps = 4 if area > 16 * 32 or not aligned else 2
     return BsrTile(block_n, block_m, block_k, stages, warps, form, split)
 
 
