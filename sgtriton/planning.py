@@ -18,6 +18,7 @@ from .sparse_layers import (
     BUCKETS,
     FORMS,
     SparseModule,
+    blocks_conv,
     compacted_conv,
     compacted_linear,
     dense_type_of,
@@ -28,6 +29,7 @@ from .timing import interleaved_ms
 
 # M that stand for a bucket: a form is worth its mean there, and nothing if it is slower at one
 _ROWS = {"1": (1,), "2-8": (2, 8), "9-32": (16, 32), "33-128": (64, 128), ">128": (512,)}
+_ROWS_OF_CONV = _ROWS | {">128": (512, 4096)}  # an image has many output positions
 _MARGIN = 0.9  # a form must beat dense by more than a timing's noise
 _SECONDS = 0.03  # that a first look at the forms takes, at each M
 _CLOSE, _LONGER = 1.15, 0.12  # those so near to the fastest are timed again, for so many seconds
@@ -75,7 +77,7 @@ def plan_forms(
     if form in FORMS:
         return _fixed(form, stored, possible)
     if possible == ("dense",):
-        return Plan(dict.fromkeys(BUCKETS, "dense"), _why_dense(stored.layout))
+        return Plan(dict.fromkeys(BUCKETS, "dense"), _WHY_DENSE)
     shares: dict[str, float] = {"dense": 1.0}
     calls: dict[str, Call] = {}
     if "dense_left" in possible and dense_copy and weight.device.type == "cpu":
@@ -100,7 +102,7 @@ def plan_forms(
         calls["merged"] = _block_call(layer, merged)
     others = {name: calls[name] for name in FORMS if name in calls}
     if not others:
-        return Plan(dict.fromkeys(BUCKETS, "dense"), _why_dense(stored.layout))
+        return Plan(dict.fromkeys(BUCKETS, "dense"), _WHY_DENSE)
     if form == "lookup":
         return _by_lookup(stored.layout, shares, serve_block, weight)
     kept = dense_copy and not trainable
@@ -112,9 +114,7 @@ def plan_forms(
     return _by_timing(layer, stored.layout, calls, shares, serve_block, weight)
 
 
-def _why_dense(layout: GateLayout) -> str:
-    what = "per-weight gates" if layout.per_weight else "convolutions"
-    return f"{what} are computed dense"
+_WHY_DENSE = "per-weight gates are computed dense"
 
 
 def _fixed(form: str, stored: StoredWeight, possible: tuple[str, ...]) -> Plan:
@@ -132,8 +132,10 @@ def _fixed(form: str, stored: StoredWeight, possible: tuple[str, ...]) -> Plan:
         else:
             reason = f"no served block is made of whole blocks of {shown(layout.block)}"
             form = "dense"
+    elif form == "dense_left" and form not in possible:
+        form, reason = "dense", "dense_left is for linear layers that are not trained"
     elif form not in possible:
-        form, reason = "dense", _why_dense(layout)
+        form, reason = "dense", _WHY_DENSE
     return Plan(dict.fromkeys(BUCKETS, form), reason)
 
 
@@ -241,7 +243,7 @@ def _by_timing(
         calls = {form: call for form, call in calls.items() if form != "sparse"}
     forms, expected, measured, beside = {}, {}, {}, {}
     random = torch.Generator(weight.device).manual_seed(0)  # the user's generator stays
-    for bucket, all_rows in _ROWS.items():
+    for bucket, all_rows in (_ROWS if weight.dim() == 2 else _ROWS_OF_CONV).items():
         speedups: dict[str, list[float]] = {form: [] for form in calls}
         for rows in all_rows:
             times = _times(calls, _example_input(layer, rows, weight, random))
@@ -341,7 +343,9 @@ def _filled_call(layer: nn.Module, stored: StoredWeight) -> Call:
 
 def _block_call(layer: nn.Module, matrix: BlockSparse) -> Call:
     bias = _bias_like(layer, matrix.values)
-    return lambda x: bsr_linear(x, matrix, bias)
+    if dense_type_of(layer) is nn.Linear:
+        return lambda x: bsr_linear(x, matrix, bias)
+    return lambda x: blocks_conv(layer, x, matrix, bias)
 
 
 def _compacted_call(layer: nn.Module, parts) -> Call:

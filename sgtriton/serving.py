@@ -43,8 +43,8 @@ def sparsify(
     ``"dense"``, the zeros filled in; ``"dense_left"``, the same with the weight as the left
     operand, which suits a CPU and few rows; ``"sparse"``, the product over stored blocks;
     ``"merged"``, the product over larger blocks made of them; ``"compacted"``, the dense product
-    without the rows and columns that are all zeros. Layers with per-weight gates and convolutions
-    have no product over blocks.
+    without the rows and columns that are all zeros. Layers with per-weight gates have no product
+    over blocks.
 
     Args:
         model: patched model, or one pruned elsewhere; changed in place. Served outputs are the

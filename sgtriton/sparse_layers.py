@@ -11,7 +11,14 @@ import math
 from typing import Any
 
 import torch
-from sgtriton_kernels import BlockSparse, GateLayout, bsr_linear, gate_layout
+from sgtriton_kernels import (
+    BlockSparse,
+    GateLayout,
+    bsr_conv1d,
+    bsr_conv2d,
+    bsr_linear,
+    gate_layout,
+)
 from sgtriton_kernels.blocks import Block
 from sgtriton_kernels.dense_products import dense_linear
 from torch import nn
@@ -68,7 +75,6 @@ class SparseModule(nn.Module):
     wide_weight: torch.Tensor | None
 
     dense_type: type[nn.Module]
-    can_multiply_blocks = False  # whether there is a product over stored blocks
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         raise ValueError(
@@ -369,6 +375,8 @@ class _SparseConv(SparseModule):
         form = self._one_form
         if form is None:
             form = self.form_of(conv_rows(self, input))
+        if form in _PREFIX:
+            return blocks_conv(self, input, self._matrix_of(form), self.bias)
         if form == "compacted":
             return compacted_conv(self, input, self.bias, *self._compacted())
         return self._conv_forward(input, self.full_weight(), self.bias)  # pyright: ignore
@@ -404,8 +412,6 @@ SPARSE_TYPES: dict[type[nn.Module], type[SparseModule]] = {
     sparse.dense_type: sparse
     for sparse in (BlockSparseLinear, BlockSparseConv1d, BlockSparseConv2d)
 }
-
-_MULTIPLIES_BLOCKS: tuple[type[nn.Module], ...] = (nn.Linear,)  # has a product over stored blocks
 
 _DERIVED = ("ccol", "row", "perm", "row_order")
 _MATRIX = ("values", "crow", "col", *_DERIVED)
@@ -451,8 +457,8 @@ def possible_forms(
     has = {
         "dense": True,
         "dense_left": dense_type is nn.Linear and not trainable,
-        "sparse": dense_type in _MULTIPLIES_BLOCKS and not layout.per_weight,
-        "merged": serve_block is not None and dense_type in _MULTIPLIES_BLOCKS and not trainable,
+        "sparse": not layout.per_weight,
+        "merged": serve_block is not None and not trainable,
         "compacted": layout.groups == 1 and not trainable,
     }
     return tuple(form for form in FORMS if has[form])
@@ -508,6 +514,21 @@ def compacted_linear(
     if rows is None:
         return nn.functional.linear(input, weight, bias)
     return spread(nn.functional.linear(input, weight), rows, bias, -1)
+
+
+def blocks_conv(
+    layer: nn.Module, input: torch.Tensor, matrix: BlockSparse, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """The convolution of ``layer`` by the blocks of its weight."""
+    padding = layer.padding
+    if layer.padding_mode != "zeros":
+        sides = layer._reversed_padding_repeated_twice  # pyright: ignore
+        input, padding = nn.functional.pad(input, sides, mode=layer.padding_mode), 0  # pyright: ignore
+    conv = bsr_conv1d if isinstance(layer, nn.Conv1d) else bsr_conv2d
+    return conv(
+        input, matrix, bias, layer.stride, padding, layer.dilation, layer.groups,  # pyright: ignore
+        out_channels=layer.out_channels, kernel_size=layer.kernel_size,  # pyright: ignore
+    )  # fmt: skip
 
 
 def compacted_conv(

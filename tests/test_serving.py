@@ -266,16 +266,14 @@ def test_fixed_forms_are_not_timed(monkeypatch):
 
 def test_layers_without_a_choice_are_not_timed(monkeypatch):
     monkeypatch.setattr(planning, "interleaved_ms", None)
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 4))
-    sgtriton.patch(model, block=(2, 2), include="0")
+    model = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2), nn.Flatten(), nn.Linear(16, 4))
     sgtriton.patch(model, block=(1, 1))
     served = sgtriton.sparsify(copy.deepcopy(model), form="sparse")
     assert served[0].form == served[2].form == "dense"
-    assert served[0].reason == "convolutions are computed dense"
-    assert served[2].reason == "per-weight gates are computed dense"
+    assert served[0].reason == served[2].reason == "per-weight gates are computed dense"
     unpatched = sgtriton.unpatch(model, fold=True)
-    conv = sgtriton.sparsify(sgtriton.patch(unpatched, block=(2, 2), include="0"))
-    assert conv[0].reason == "convolutions are computed dense"
+    conv = sgtriton.sparsify(sgtriton.patch(unpatched, block=(1, 1), include="0"))
+    assert conv[0].reason == "per-weight gates are computed dense"
 
 
 def test_per_weight_layers_choose_between_two_dense_products(monkeypatch):
@@ -530,7 +528,8 @@ def test_state_holds_gate_blocks_whatever_is_served():
         (lambda: nn.Linear(64, 64), (1, 1), "sparse", "dense", "per-weight gates are computed"),
         (lambda: nn.Linear(64, 64), (16, 16), "compacted", "dense", "no row or column is dead"),
         (lambda: nn.Conv2d(4, 4, 3, groups=2), (2, 2), "compacted", "dense", "grouped conv"),
-        (lambda: nn.Conv2d(16, 16, 3), (4, 4), "merged", "dense", "convolutions are computed"),
+        (lambda: nn.Conv2d(16, 16, 3), (4, 4), "merged", "merged", "as asked for"),
+        (lambda: nn.Conv2d(4, 4, 3), (2, 2), "dense_left", "dense", "dense_left is for linear"),
     ],
 )
 def test_form_that_a_layer_lacks_is_replaced_with_a_reason(make, block, form, taken, reason):
@@ -578,10 +577,9 @@ def test_convolutions_choose_their_form_too(monkeypatch, kind):
 
     monkeypatch.setattr(planning, "interleaved_ms", times)
     layer = sgtriton.sparsify(model)[0]
-    assert layer.form == ("dense" if kind == "grouped" else "compacted")
-    assert seen == ([] if kind == "grouped" else seen)
+    assert layer.form == ("sparse" if kind == "grouped" else "compacted")
     if kind == "conv":
-        assert seen == [1, 1, 9, 16, 36, 64, 121, 529]  # about the rows of each bucket
+        assert seen == [1, 1, 9, 16, 36, 64, 121, 529, 4096]  # about the rows of each bucket
     assert_close("out", model(x), out)
 
 
