@@ -5,7 +5,17 @@ from __future__ import annotations
 import argparse
 import sys
 
-from . import accuracy, bandwidth, compile_report, models, native, report, serving, training
+from . import (
+    accuracy,
+    bandwidth,
+    compile_report,
+    models,
+    native,
+    report,
+    roofline,
+    serving,
+    training,
+)
 
 
 def main() -> int:
@@ -17,6 +27,7 @@ def main() -> int:
     native.add_command(commands)
     report.add_command(commands)
     compile_report.add_command(commands)
+    roofline.add_command(commands)
     serving.add_command(commands)
     training.add_command(commands)
     arguments = parser.parse_args()

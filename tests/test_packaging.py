@@ -40,6 +40,7 @@ def test_wheel_holds_both_packages_and_nothing_else(installed):
     }
     for package in ("sgtriton", "sgtriton_kernels"):
         assert (installed / package / "py.typed").exists()
+    assert (installed / "sgtriton_kernels" / "cards.json").exists()
     assert list(installed.glob("*.dist-info/licenses/LICENSE"))
 
 

@@ -1,0 +1,68 @@
+"""What a card can do on paper, from its vendor's documents."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Card:
+    """A card's figures; ``None`` where its vendor gives none, or documents disagree.
+
+    Args:
+        name: as in :data:`CARD_NAMES`.
+        arch: ``"sm_80"``, ``"gfx942"``, ...: what kernels are compiled for.
+        multiprocessors: AMD: compute units.
+        boost_mhz: boost clock.
+        bandwidth_gbs: of the card's memory, 1e9 bytes a second.
+        memory_gb: of the card's memory.
+        l2_mb: second-level cache, all of it.
+        last_level_mb: a cache behind it.
+        l2_bytes_per_clock: what all multiprocessors together read from the second-level cache.
+        shared_kib: shared memory of a multiprocessor.
+        shared_program_kib: the most of it that one program may take.
+        tflops_16bit: matrix units' peak for fp16 and bf16, dense, sums in fp32.
+        tflops_tf32: likewise for TF32.
+        tflops_fp32: peak without matrix units.
+        source: the documents.
+        note: what they lack, and where a figure is from if not from them.
+    """
+
+    name: str
+    arch: str
+    multiprocessors: int
+    boost_mhz: int
+    bandwidth_gbs: float
+    memory_gb: int
+    l2_mb: int
+    last_level_mb: int | None
+    l2_bytes_per_clock: int | None
+    shared_kib: int
+    shared_program_kib: int
+    tflops_16bit: float
+    tflops_tf32: float | None
+    tflops_fp32: float | None
+    source: str
+    note: str
+
+
+_CARDS = {
+    name: Card(name, **figures)
+    for name, figures in json.loads(
+        Path(__file__).with_name("cards.json").read_text(encoding="utf-8")
+    ).items()
+}
+CARD_NAMES = tuple(_CARDS)
+
+
+def card(name: str) -> Card:
+    """The figures of a card.
+
+    Raises:
+        ValueError: no card of that name is known.
+    """
+    if name not in _CARDS:
+        raise ValueError(f"no card is named {name!r}, only {', '.join(CARD_NAMES)}")
+    return _CARDS[name]

@@ -1,0 +1,61 @@
+"""Figures of cards: complete or explained, and free of slips where one follows from others."""
+
+import dataclasses
+
+import pytest
+from sgtriton_kernels.cards import CARD_NAMES, card
+
+from bench.cards import CARDS
+
+CARDS_BY_NAME = {name: card(name) for name in CARD_NAMES}
+# what a note must speak of where a figure is missing
+EXPLAINED = {
+    "l2_bytes_per_clock": "L2 read bandwidth",
+    "tflops_fp32": "fp32",
+    "tflops_tf32": "TF32",
+}
+# multiply-adds in fp32 that a multiprocessor does in a clock
+LANES = {"sm_80": 64}
+
+
+@pytest.mark.parametrize("name", CARD_NAMES)
+def test_every_figure_is_given_or_its_absence_explained(name):
+    found = CARDS_BY_NAME[name]
+    for field in dataclasses.fields(found):
+        value = getattr(found, field.name)
+        if value is None and field.name != "last_level_mb":  # most cards have no such cache
+            assert EXPLAINED[field.name] in found.note, field.name
+        if isinstance(value, int | float):
+            assert value > 0, field.name
+        if field.type in ("int", "int | None") and value is not None:
+            assert type(value) is int, field.name
+    assert found.source
+    assert found.name == name
+
+
+@pytest.mark.parametrize("name", CARD_NAMES)
+def test_peaks_follow_from_the_clock(name):
+    found = CARDS_BY_NAME[name]
+    lanes = LANES.get(found.arch, 128)
+    computed = 2 * lanes * found.multiprocessors * found.boost_mhz / 1e6
+    if found.tflops_fp32 is not None:
+        assert found.tflops_fp32 == pytest.approx(computed, rel=0.005)
+    if found.tflops_tf32 is not None:
+        assert found.tflops_tf32 == pytest.approx(found.tflops_16bit / 2, rel=0.03)
+    assert found.tflops_16bit > computed
+
+
+def test_programs_take_no_more_shared_memory_than_there_is():
+    for found in CARDS_BY_NAME.values():
+        reserved = 1 if found.arch.startswith("sm_") else 0
+        assert found.shared_program_kib == found.shared_kib - reserved
+
+
+def test_cards_are_those_that_kernels_are_compiled_for():
+    archs = {f"sm_{arch}" if backend == "cuda" else arch for backend, arch, _ in CARDS}
+    assert {found.arch for found in CARDS_BY_NAME.values()} == archs
+
+
+def test_an_unknown_card_is_refused():
+    with pytest.raises(ValueError, match="no card is named 'H300', only A100 SXM 80GB, "):
+        card("H300")
