@@ -9,7 +9,7 @@ from sgtriton_kernels._impl import use_impl
 from sgtriton_kernels._triton import INTERPRETED, why_not_triton
 from sgtriton_kernels.bsr import BlockSparse
 from sgtriton_kernels.bsr_matmul import bsr_linear, bsr_linear_ref
-from sgtriton_kernels.tiles import BsrTile
+from sgtriton_kernels.tiles import BSR_FORMS, BsrTile
 from test_bsr import patterns
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
@@ -400,6 +400,18 @@ def test_training_the_values_lowers_the_loss_and_keeps_the_pattern(impl, device)
         optimizer.step()
         losses.append(loss.mean().item())
     assert losses[-1] < 0.7 * losses[0]
+
+
+@pytest.mark.parametrize("form", BSR_FORMS)
+def test_every_form_can_be_pinned(form, device):
+    if reason := why_not_triton(device):
+        pytest.skip(reason)
+    w = sparse(64, 96, make=integers, device=device)
+    x, bias = integers(5, 96, device=device), integers(64, device=device)
+    tile = BsrTile(16, 4 if form == "vector" else 16, 16, 2, 1, form=form)
+    for _ in range(2):
+        out = bsr_linear(x, w, bias, "relu", impl="triton", tile=tile)
+        assert_exact(form, out, bsr_linear_ref(x, w, bias, "relu"))
 
 
 def test_an_update_in_place_reaches_the_next_call(impl, device):

@@ -26,7 +26,15 @@ from ._impl import resolve_impl
 from ._ops import is_watched, register_op
 from ._triton import is_native
 from .bsr import BlockSparse
-from .bsr_product import bsr_linear_dvalues, bsr_linear_dx, bsr_linear_fwd, is_aligned
+from .bsr_product import (
+    PairedRows,
+    bsr_linear_dvalues,
+    bsr_linear_dx,
+    bsr_linear_fwd,
+    bsr_linear_fwd_pairs,
+    is_aligned,
+    pair_rows,
+)
 from .bsr_torch import ACTIVATIONS, bsr_linear_bwd_torch, bsr_linear_torch
 from .tiles import BsrTile, tile_for_bsr_linear
 
@@ -162,9 +170,11 @@ def _forward(
     values = values.contiguous()
     if impl == "triton":
         chosen = BsrTile.unpack(tile) if tile else _tile("fwd", w, x2)
-        out = bsr_linear_fwd(
-            x2, values, w.crow, w.col, w.row_order, bias, residual2, n, activation, chosen
-        )
+        added = (bias, residual2, n, activation, chosen)
+        if chosen.form == "pairs":
+            out = bsr_linear_fwd_pairs(x2, values, _pairs(w), *added)
+        else:
+            out = bsr_linear_fwd(x2, values, w.crow, w.col, w.row_order, *added)
     elif torch.is_autocast_enabled(x.device.type):
         # the entry has cast already; in here autocast would round the sums
         with torch.autocast(x.device.type, enabled=False):
@@ -202,6 +212,15 @@ def _backward(
         values.new_empty(0) if dvalues is None else dvalues,
         dy2.sum(0) if need_dbias else dy.new_empty(0),
     )
+
+
+def _pairs(w: BlockSparse) -> PairedRows:
+    """Block rows by twos; kept with the container, whose index does not change."""
+    pairs = w.__dict__.get("_pairs")
+    if pairs is None:
+        pairs = pair_rows(w.crow, w.col)
+        object.__setattr__(w, "_pairs", pairs)
+    return pairs
 
 
 def _tile(which: str, w: BlockSparse, *rows: torch.Tensor) -> BsrTile:
