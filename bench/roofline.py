@@ -64,14 +64,14 @@ _START = 2e-6
 _UNEVEN = 1.25
 
 # Bytes a clock that a multiprocessor reads from the second-level cache where no document has it,
-# assumed. sm_90: A100's published figure is 47, a micro-benchmark of the same die found 39
-# (arXiv:2402.13499). sm_100: dense products near the peak need about as much. Cards with GDDR:
-# micro-benchmarks of an RTX 4090 found 11 to 16.
+# assumed. sm_90: A100's published figure is 47; what arXiv:2402.13499 is cited for, of the same
+# die, comes to 39. sm_100: a guess, about what dense products near the peak take. Cards with GDDR:
+# a guess; 3.6 TB/s is reported of an RTX 4090, which is 11.
 _ASSUMED_FILL = {"sm_90": 40, "sm_100": 64}
 _ASSUMED_FILL_GDDR = 16
 
-# mma.sync's share of the peak where there are larger matrix instructions: measured on Hopper
-# (arXiv:2501.12084); assumed to do as much a clock on Blackwell, whose peak is twice as high.
+# mma.sync's share of the peak where there are larger matrix instructions: as arXiv:2501.12084 is
+# cited for Hopper; assumed to do as much a clock on Blackwell, whose peak is twice as high.
 _MMA_SYNC = {"sm_90": 0.63, "sm_100": 0.31}
 
 
@@ -151,7 +151,7 @@ def matrix_rate(card: Card, tile: BsrTile) -> float:
 
     - Hopper's ``wgmma`` takes a left operand of 64 rows and reads both from shared memory at 128
       bytes a clock: ``max(n / 2, 16 + n / 4)`` clocks for ``n`` columns, of which ``n / 2`` are
-      products (what arXiv:2501.12084 measured).
+      products (what arXiv:2501.12084 is cited for).
     - Blackwell's ``tcgen05.mma`` takes one of 64 rows at half of its rate, as is reported, one of
       128 at all of it.
     - Narrower ones go to ``mma.sync``.
