@@ -9,6 +9,7 @@ from . import (
     accuracy,
     bandwidth,
     compile_report,
+    conv,
     models,
     native,
     report,
@@ -23,6 +24,7 @@ def main() -> int:
     commands = parser.add_subparsers(required=True, metavar="NAME")
     accuracy.add_command(commands)
     bandwidth.add_command(commands)
+    conv.add_command(commands)
     models.add_command(commands)
     native.add_command(commands)
     report.add_command(commands)

@@ -353,8 +353,15 @@ def test_torch_implementation_serves_any_block(block, device, monkeypatch):
             out = case.out("torch")
             assert out.is_contiguous(memory_format=torch.channels_last)
             assert_exact("channels last", out, case.torch_out())
+            dout = integers(*out.shape, device=device)
+            grads = case.grads(dout, "torch")
+            for grad, expected in zip(grads, case.torch_grads(dout), strict=True):
+                assert_exact("grad", grad, expected)
         same = Case((6, 4), (2, 4), block=block, padding="same", device=device)
         assert_exact("same", same.out("torch"), same.torch_out())
+        dout = integers(2, 4, 5, 6, device=device)
+        for grad, expected in zip(same.grads(dout, "torch"), same.torch_grads(dout), strict=True):
+            assert_exact("grad of same", grad, expected)
 
 
 def test_torch_implementation_works_in_bounded_pieces(device, monkeypatch):

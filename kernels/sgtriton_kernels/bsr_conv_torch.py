@@ -22,11 +22,13 @@ from .conv_geometry import ConvGeometry, Pair
 
 _PLACES = 1 << 14  # of images that are computed together; bounds the memory kept between calls
 _LOOP = 512  # outputs from which a call for each block pays
+_TRANSPOSED = 1 << 11  # outputs of a block that are transposed at a time
 _GATHERED = 1 << 20  # elements that a batch gathers and writes
-_REUSE = 8  # multiply-adds per element that a block moves, below which the dense layer is faster
-# what else costs time, in multiply-adds of the dense layer
+# What costs time beside the products, in multiply-adds of the dense layer.
 _CALL = 12_000_000  # a call
-_COPY = 12  # copying an element from or to the line
+_COPY = 12  # an element that is copied to the line or from it
+_VISIT = 600  # an output that a block meets
+_FEW = 8  # channels of which, unless they lie side by side, the dense layer makes a quarter as many
 
 _IN_PLACE = {
     "relu": torch.relu_,
@@ -164,16 +166,15 @@ class _Lines:
 
     def met(self) -> list[torch.Tensor]:
         """What each block meets: ``[outputs, bk]``, a view."""
-        blocks, line, found, views = self.blocks, self.line, [], {}
-        per_group, cols = blocks.rows, blocks.cols
+        blocks, line, found = self.blocks, self.line, []
         columns = blocks.col.tolist()
         for group in range(blocks.geometry.groups):
-            first, end = (blocks.starts[(group + i) * per_group] for i in (0, 1))
+            first, end = (blocks.starts[(group + i) * blocks.rows] for i in (0, 1))
             views = {}
             for column in columns[first:end]:
                 view = views.get(column)
                 if view is None:
-                    tap, channels = divmod(column, cols)
+                    tap, channels = divmod(column, blocks.cols)
                     phase, place = line.taps[tap]
                     view = self.memory[phase, group, channels, place : place + line.outputs]
                     views[column] = view
@@ -235,20 +236,52 @@ def bsr_conv_torch(
 
 
 def _is_dense_faster(blocks: _Blocks, x: torch.Tensor, shape: tuple[int, ...]) -> bool:
-    """Whether the dense layer is, as measured."""
-    geometry, reuse = blocks.geometry, blocks.bn * blocks.bk / (blocks.bn + blocks.bk)
-    if reuse < _REUSE:
-        return True
-    images, channels, height, width = shape
+    """Whether the dense layer is: measured on two AVX2 cores, with 1x1 to 64x64 blocks."""
+    geometry, (images, channels, height, width) = blocks.geometry, shape
     outputs = images * height * width
     dense = outputs * geometry.in_per_group * geometry.taps * channels
+    if geometry.in_per_group < _FEW and not _is_channels_last(x):
+        dense *= 4
     copied = x.numel() + outputs * channels
-    products = blocks.nnz * blocks.bn * blocks.bk * outputs * (1 + _REUSE / reuse)
+    products = blocks.nnz * outputs * (blocks.bn * blocks.bk + _VISIT)
     return _CALL + _COPY * copied + products > dense
 
 
 def _dense(x: torch.Tensor, blocks: _Blocks, bias, activation: str, memory_format) -> torch.Tensor:
     """The dense layer, zeros filled in."""
+    geometry, weight = blocks.geometry, _dense_weight(blocks, memory_format)
+    padded, padding = _padded(x.to(weight.dtype), geometry)
+    out = F.conv2d(
+        padded, weight, bias, geometry.stride, padding, geometry.dilation, geometry.groups
+    )
+    if activation != "none":
+        out = _IN_PLACE[activation](out)
+    return out.to(x.dtype).contiguous(memory_format=memory_format)
+
+
+def _dense_bwd(dout, x, blocks: _Blocks, dx, dvalues) -> None:
+    geometry, (bn, bk) = blocks.geometry, (blocks.bn, blocks.bk)
+    weight = _dense_weight(blocks, torch.contiguous_format)
+    padded, padding = _padded(x.to(weight.dtype), geometry)
+    needs = [dx is not None, dvalues is not None, False]
+    dpadded, dw, _ = torch.ops.aten.convolution_backward(
+        dout.to(weight.dtype), padded, weight, None, geometry.stride, padding, geometry.dilation,
+        False, (0, 0), geometry.groups, needs,
+    )  # fmt: skip
+    if dx is not None:
+        top, left = geometry.before if padded.shape != x.shape else (0, 0)
+        dx.copy_(dpadded[:, :, top : top + x.shape[2], left : left + x.shape[3]])
+    if dvalues is not None:
+        groups, rows, cols, taps = geometry.groups, blocks.rows, blocks.cols, geometry.taps
+        dw = dw.reshape(groups, geometry.out_per_group, geometry.in_per_group, taps)
+        beyond = (cols * bk - geometry.in_per_group, rows * bn - geometry.out_per_group)
+        dw = F.pad(dw, (0, 0, 0, beyond[0], 0, beyond[1]))
+        dw = dw.view(groups, rows, bn, cols, bk, taps).permute(0, 1, 5, 3, 2, 4)
+        dvalues.copy_(dw.reshape(groups * rows, taps * cols, bn, bk)[blocks.row, blocks.col])
+
+
+def _dense_weight(blocks: _Blocks, memory_format: torch.memory_format) -> torch.Tensor:
+    """``[O, C / groups, *kernel]``, zeros filled in."""
     geometry, (bn, bk) = blocks.geometry, (blocks.bn, blocks.bk)
     groups, rows, cols, taps = geometry.groups, blocks.rows, blocks.cols, geometry.taps
     weight = blocks.values.new_zeros(groups * rows, taps * cols, bn, bk)
@@ -256,14 +289,15 @@ def _dense(x: torch.Tensor, blocks: _Blocks, bias, activation: str, memory_forma
     weight = weight.view(groups, rows, taps, cols, bn, bk).permute(0, 1, 4, 3, 5, 2)
     weight = weight.reshape(groups, rows * bn, cols * bk, *geometry.kernel)
     weight = weight[:, : geometry.out_per_group, : geometry.in_per_group].flatten(0, 1)
-    padding, wide = geometry.before, x.to(weight.dtype)
-    if geometry.before != geometry.after:
-        (top, left), (bottom, right) = geometry.before, geometry.after
-        padding, wide = (0, 0), F.pad(wide, (left, right, top, bottom))
-    out = F.conv2d(wide, weight, bias, geometry.stride, padding, geometry.dilation, groups)
-    if activation != "none":
-        out = _IN_PLACE[activation](out)
-    return out.to(x.dtype).contiguous(memory_format=memory_format)
+    return weight.contiguous(memory_format=memory_format)
+
+
+def _padded(x: torch.Tensor, geometry: ConvGeometry) -> tuple[torch.Tensor, Pair]:
+    """The images, and how many zeros are still missing on either side."""
+    if geometry.before == geometry.after:
+        return x, geometry.before
+    (top, left), (bottom, right) = geometry.before, geometry.after
+    return F.pad(x, (left, right, top, bottom)), (0, 0)
 
 
 def _by_block(lines: _Lines, sums: torch.Tensor) -> None:
@@ -313,6 +347,8 @@ def bsr_conv_bwd_torch(
     """Fill ``dx [B, C, H, W]``, any strides, and ``dvalues [nnz, bn, bk]``; or one of them."""
     wide = _wide(x.dtype)
     blocks = _Blocks(values.to(wide), crow, col, geometry)
+    if _is_dense_faster(blocks, x, tuple(dout.shape)):
+        return _dense_bwd(dout, x, blocks, dx, dvalues)
     gradients = None
     if dvalues is not None:
         gradients = torch.zeros(values.shape, dtype=wide, device=x.device)
@@ -442,18 +478,24 @@ def _take(dx: torch.Tensor, lines: torch.Tensor, line: _Line, groups: int, side:
 def _finish(lines: torch.Tensor, line: _Line, bias, activation: str, out, groups: int) -> None:
     """Add the bias, apply the activation, and round into ``out [B, O, H', W']``."""
     side = lines.shape[-1]
-    per_group = out.shape[1] // groups
+    per_group, (height, width) = out.shape[1] // groups, out.shape[2:]
+    # sums that are transposed are read once for each channel: few at a time, they stay in the cache
+    step = height if _is_channels_last(out) else max(1, _TRANSPOSED // width)
     direct = activation == "none" or out.dtype == lines.dtype
-    for channels, which, width in _pieces(per_group, side):
-        sums = line.image(lines[:, which])[..., :width]
-        target = _of_blocks(out, groups, channels, width)
-        into = target if direct else sums
+    for channels, which, wide in _pieces(per_group, side):
+        images, targets = line.image(lines[:, which]), _of_blocks(out, groups, channels, wide)
+        added = None
         if bias is not None:
-            added = bias.view(groups, per_group)[:, channels].unflatten(1, (-1, width))
-            torch.add(sums, added[:, :, None, None, None], out=into)
-        elif direct:
-            target.copy_(sums)
-        if not direct:
-            target.copy_(_IN_PLACE[activation](sums))
+            added = bias.view(groups, per_group)[:, channels].unflatten(1, (-1, wide))
+            added = added[:, :, None, None, None]
+        for start in range(0, height, step):
+            rows = slice(start, start + step)
+            sums, target = images[:, :, :, rows, :, :wide], targets[:, :, :, rows]
+            if added is not None:
+                torch.add(sums, added, out=target if direct else sums)
+            elif direct:
+                target.copy_(sums)
+            if not direct:
+                target.copy_(_IN_PLACE[activation](sums))
     if direct and activation != "none":
         _IN_PLACE[activation](out)

@@ -1,0 +1,194 @@
+"""Serving pruned convolutions: VGG-16's thirteen, beside the dense ones, on a CPU.
+
+Each has 3x3 taps and a padding of 1; its blocks of 32x32 weights are closed at random. Beside
+``bsr_conv2d`` runs ``F.conv2d`` on the weight with zeros filled in, both on images that are
+contiguous and on such that are channels-last. Candidates take turns in one process. What a layer
+does that occurs several times counts as often in the sum.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from sgtriton_kernels import BlockSparse, bsr_conv2d, gate_layout
+from sgtriton_kernels.blocks import gates_to_pattern, matrix_to_weight, weight_to_matrix
+
+from sgtriton.tables import format_table
+from sgtriton.timing import samples_ms
+
+from .rows import RESULTS, append, circumstances
+
+# input channels, output channels, height and width, how often in VGG-16
+LAYERS = (
+    (3, 64, 224, 1), (64, 64, 224, 1), (64, 128, 112, 1), (128, 128, 112, 1), (128, 256, 56, 1),
+    (256, 256, 56, 2), (256, 512, 28, 1), (512, 512, 28, 2), (512, 512, 14, 3),
+)  # fmt: skip
+BATCHES = (1, 8)
+BLOCK = 32
+CLOSED = 0.9
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DENSE = ("dense", "dense, channels-last")  # of which the faster is 1
+
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the CSV: a candidate on a layer; ``ratio`` is to the faster dense one."""
+
+    candidate: str
+    dtype: str
+    block: int
+    closed: float
+    batch: int
+    channels: int
+    out_channels: int
+    size: int
+    times: int
+    ms_p20: float
+    ms_p50: float
+    ms_p80: float
+    ratio: float
+    threads: int
+    samples: int
+    cpu: str
+    sgtriton: str
+    torch: str
+    python: str
+    commit: str
+
+
+def pruned_weight(
+    channels: int, out_channels: int, closed: float, dtype: torch.dtype
+) -> tuple[BlockSparse, torch.Tensor]:
+    """The open blocks of a random weight, and the dense weight with zeros in their place."""
+    layout = gate_layout((out_channels, channels, 3, 3), (BLOCK, BLOCK))
+    is_open = torch.ones(layout.gate_shape, dtype=torch.bool)
+    order = torch.randperm(is_open.numel())
+    is_open.view(-1)[order[: round(closed * len(order))]] = False
+    weight = torch.randn(layout.weight_shape).div_((9 * channels) ** 0.5).to(dtype)
+    pattern = gates_to_pattern(is_open, layout)
+    matrix = BlockSparse.from_dense(weight_to_matrix(weight, layout), layout.block, pattern)
+    return matrix, matrix_to_weight(matrix.to_dense(), layout)
+
+
+def candidates(
+    matrix: BlockSparse, weight: torch.Tensor, bias: torch.Tensor, x: torch.Tensor
+) -> dict[str, Call]:
+    """What is compared on a layer, by name; the dense ones come first."""
+
+    def ours(x):
+        return bsr_conv2d(x, matrix, bias, padding=1, out_channels=len(weight), kernel_size=3)
+
+    last, weight_last = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight))
+    return {
+        "dense": lambda: F.conv2d(x, weight, bias, padding=1),
+        "dense, channels-last": lambda: F.conv2d(last, weight_last, bias, padding=1),
+        "sgtriton": lambda: ours(x),
+        "sgtriton, channels-last": lambda: ours(last),
+    }
+
+
+@torch.inference_mode()
+def measure(
+    layer: tuple[int, int, int, int], batch: int, dtype: torch.dtype, seconds: float
+) -> list[Row]:
+    """Time the candidates in turns."""
+    channels, out_channels, size, times = layer
+    matrix, weight = pruned_weight(channels, out_channels, CLOSED, dtype)
+    bias = torch.randn(out_channels).to(dtype)
+    x = torch.randn(batch, channels, size, size).to(dtype)
+    calls = candidates(matrix, weight, bias, x)
+    samples = samples_ms(list(calls.values()), torch.device("cpu"), seconds, rounds=5)
+    quantiles = [[statistics.quantiles(s, n=10)[i] for i in (1, 4, 7)] for s in samples]
+    dense = min(p50 for name, (_, p50, _) in zip(calls, quantiles, strict=True) if name in DENSE)
+    return [
+        Row(
+            candidate=name,
+            dtype=str(dtype).removeprefix("torch."),
+            block=BLOCK,
+            closed=CLOSED,
+            batch=batch, channels=channels, out_channels=out_channels, size=size, times=times,
+            ms_p20=round(p20, 3), ms_p50=round(p50, 3), ms_p80=round(p80, 3),
+            ratio=round(p50 / dense, 3),
+            samples=len(taken),
+            **circumstances(),
+        )
+        for name, taken, (p20, p50, p80) in zip(calls, samples, quantiles, strict=True)
+    ]  # fmt: skip
+
+
+def table(rows: list[Row]) -> str:
+    """Milliseconds by layer, the sums of the thirteen, and by what factor the faster dense loses.
+
+    The factor is that of the candidate in the column before it.
+    """
+    names = list(dict.fromkeys(row.candidate for row in rows))
+    headers = ["batch", "channels", "size"]
+    for name in names:
+        headers += [name] if name in DENSE else [name, "faster"]
+    cells = []
+    for batch in dict.fromkeys(row.batch for row in rows):
+        sums = dict.fromkeys((*names, "best"), 0.0)
+        ours = [row for row in rows if row.batch == batch]
+        for key in dict.fromkeys((r.channels, r.out_channels, r.size, r.times) for r in ours):
+            channels, out_channels, size, times = key
+            found = {
+                r.candidate: r.ms_p50
+                for r in ours
+                if (r.channels, r.out_channels, r.size) == key[:3]
+            }
+            found["best"] = min(found[name] for name in DENSE)
+            for name, ms in found.items():
+                sums[name] += times * ms
+            cells.append([batch, f"{channels} to {out_channels}", size, *_line(names, found)])
+        cells.append([batch, "all thirteen", "", *_line(names, sums)])
+    return format_table(headers, cells, align="rlr" + "r" * (len(headers) - 3))
+
+
+def _line(names: list[str], found: dict[str, float]) -> list[str]:
+    line = []
+    for name in names:
+        line.append(f"{found[name]:.2f}")
+        if name not in DENSE:
+            line.append(f"{found['best'] / found[name]:.2f}")
+    return line
+
+
+def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add ``conv`` to the command line."""
+    command = commands.add_parser("conv", help="pruned convolutions beside the dense ones")
+    command.add_argument("--batch", type=int, action="append", help="repeatable; default 1 and 8")
+    command.add_argument("--dtype", choices=list(DTYPES), default="float32")
+    command.add_argument(
+        "--seconds", type=float, default=3.0, help="for each layer, and at least 5 turns"
+    )
+    command.add_argument("--threads", type=int, default=2)
+    command.add_argument("--out", type=Path, default=RESULTS / "conv.csv")
+    command.set_defaults(run=_run)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    batches = arguments.batch or BATCHES
+    if arguments.threads < 1 or min(batches) < 1:
+        raise ValueError(
+            f"--threads and --batch must be at least 1, got {arguments.threads} and {batches}"
+        )
+    torch.manual_seed(0)
+    torch.set_num_threads(arguments.threads)
+    rows = []
+    arguments.out.unlink(missing_ok=True)
+    for batch in batches:
+        for layer in LAYERS:
+            measured = measure(layer, batch, DTYPES[arguments.dtype], arguments.seconds)
+            for row in measured:
+                append(arguments.out, row)
+            rows += measured
+    print(table(rows))
+    return 0
