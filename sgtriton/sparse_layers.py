@@ -341,30 +341,32 @@ class BlockSparseLinear(SparseModule, nn.Linear):
         form = self._one_form
         if form is None:
             form = self.form_of(input.numel() // self.in_features)
+        # tensors are taken where a module keeps them: by attribute each would cost a microsecond
+        held = self._parameters
+        bias = held["bias"] if "bias" in held else self.bias  # noqa: SIM401 (it would look it up)
         if form == "dense":
-            weight = self.dense_weight
-            if weight is None:
-                weight = self.full_weight()
-            return nn.functional.linear(input, weight, self.bias)
+            weight = self._buffers["dense_weight"]
+            weight = self.full_weight() if weight is None else weight
+            return nn.functional.linear(input, weight, bias)
         if form == "dense_left":
-            return self._dense_left(input)
+            return self._dense_left(input, bias)
         if form == "compacted":
-            return compacted_linear(input, self.bias, *self._compacted())
-        return bsr_linear(input, self._matrix_of(form), self.bias)
+            return compacted_linear(input, bias, *self._compacted())
+        return bsr_linear(input, self._matrix_of(form), bias)
 
-    def _dense_left(self, input: torch.Tensor) -> torch.Tensor:
-        weight = self._buffers["wide_weight"]
+    def _dense_left(self, input: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        weight, dtype = self._buffers["wide_weight"], self._buffers["values"].dtype  # pyright: ignore
         weight = self.full_weight() if weight is None else weight
         if torch.compiler.is_compiling() or torch.is_autocast_enabled(input.device.type):
-            weight = weight.to(self.values.dtype)
-            return nn.functional.linear(input, weight, self.bias)
-        if input.dtype != self.values.dtype:
+            return nn.functional.linear(input, weight.to(dtype), bias)
+        if input.dtype != dtype:
             raise ValueError(
-                f"{self!r}: the input is {input.dtype}, the weight {self.values.dtype}; cast one "
-                "of them, or use torch.autocast"
+                f"{self!r}: the input is {input.dtype}, the weight {dtype}; cast one of them, or "
+                "use torch.autocast"
             )
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        return dense_linear(input, weight.to(wide), self.bias)
+        if weight.dtype.itemsize < 4:  # no copy was allowed
+            weight = weight.float()
+        return dense_linear(input, weight, bias)
 
     def _empty_dense(self) -> nn.Module:
         return nn.Linear(self.in_features, self.out_features, self.bias is not None, "meta")
