@@ -129,6 +129,18 @@ def table(rows: list[Row]) -> str:
 
     The factor is that of the candidate in the column before it.
     """
+    headers, cells = _cells(rows)
+    return format_table(headers, cells, align="rlr" + "r" * (len(headers) - 3))
+
+
+def markdown(rows: list[Row]) -> str:
+    """The same as a Markdown table."""
+    headers, cells = _cells(rows)
+    lines = [headers, ["---"] * len(headers), *cells]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def _cells(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
     names = list(dict.fromkeys(row.candidate for row in rows))
     headers = ["batch", "channels", "size"]
     for name in names:
@@ -147,9 +159,10 @@ def table(rows: list[Row]) -> str:
             found["best"] = min(found[name] for name in DENSE)
             for name, ms in found.items():
                 sums[name] += times * ms
-            cells.append([batch, f"{channels} to {out_channels}", size, *_line(names, found)])
-        cells.append([batch, "all thirteen", "", *_line(names, sums)])
-    return format_table(headers, cells, align="rlr" + "r" * (len(headers) - 3))
+            shown = [str(batch), f"{channels} to {out_channels}", str(size)]
+            cells.append([*shown, *_line(names, found)])
+        cells.append([str(batch), "all thirteen", "", *_line(names, sums)])
+    return headers, cells
 
 
 def _line(names: list[str], found: dict[str, float]) -> list[str]:

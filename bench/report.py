@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from . import bandwidth, models, native, roofline, serving, training
+from . import bandwidth, conv, models, native, roofline, serving, training
 from .accuracy import Row
 from .rows import RESULTS, read
 
@@ -55,6 +55,16 @@ bf16 the faster of bf16 and of a copy of the weight in fp32. Geometric means ove
 {shapes}, of cells whose dense time is {counted} ms or more; the ideal is 1 / density. Peers, in the
 same turns: PyTorch's BSR product, scipy's, onnxruntime's dense one (fp32 only; its threads do not
 spin between calls). Rerun: `make bench-serve`. All cells: `bench/results/serving.csv`.
+
+"""
+
+_CONV = """
+## VGG-16's convolutions, {closed:.0%} of the {block}x{block} blocks closed
+
+Milliseconds of one layer, {dtype}, {threads} threads of {cpu}, PyTorch {torch}, commit {commit}; in
+turns with `F.conv2d` on the dense weight, images contiguous and channels-last. "Faster" compares
+the column before it with the faster dense one; where that is below 1, layers that
+`sgtriton.sparsify` makes compute dense. Rerun: `make bench-serve`.
 
 """
 
@@ -195,6 +205,8 @@ def page() -> str:
         text += training_table(steps) + "\n"
     if cells := serving_cells():
         text += _serving(cells)
+    if convs := read(RESULTS / "conv.csv", conv.Row):
+        text += _CONV.format(**vars(convs[0])) + conv.markdown(convs) + "\n"
     if whole := read(RESULTS / "models.csv", models.Row):
         text += _MODELS.format(**vars(whole[0])) + models.markdown(whole) + "\n"
     if kernels := read(RESULTS / "native.csv", native.Row):
