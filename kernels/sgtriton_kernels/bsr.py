@@ -2,8 +2,9 @@
 
     W[r*bn:(r+1)*bn, c*bk:(c+1)*bk] = values[i]    for crow[r] <= i < crow[r+1], c = col[i]
 
-A block index is an address to a kernel, so every index is checked when a matrix is made, whoever
-makes it. Blocks at a ragged edge are stored whole; what lies outside the matrix is never used.
+A block index is an address to a kernel, so an index that someone hands over is checked when a
+matrix is made; only one that this package listed itself, from gates, is taken as it is. Blocks at a
+ragged edge are stored whole; what lies outside the matrix is never used.
 """
 
 from __future__ import annotations
@@ -80,22 +81,9 @@ class BlockSparse:
         if col[nnz] != 0:
             raise ValueError(f"the last entry of col must be 0, got {int(col[nnz])}")
 
-        lengths = crow.diff()
-        perm = torch.argsort(col[:nnz], stable=True)
-        row = torch.repeat_interleave(torch.arange(rows), lengths, output_size=nnz)[perm]
-        derived = {
-            "values": values.contiguous(),
-            "crow": crow,
-            "col": col,
-            "shape": shape,
-            "ccol": F.pad(torch.bincount(col[:nnz], minlength=cols).cumsum(0), (1, 0)),
-            "row": F.pad(row, (0, 1)),
-            "perm": perm,
-            "row_order": torch.argsort(lengths, descending=True, stable=True),
-        }
-        for name, value in derived.items():
-            if name not in ("values", "shape"):
-                value = value.to(values.device, torch.int32)
+        index = {"crow": crow, "col": col, **_derived(crow, col, cols)}
+        index = {name: t.to(values.device, torch.int32) for name, t in index.items()}
+        for name, value in {"values": values.contiguous(), "shape": shape, **index}.items():
             object.__setattr__(self, name, value)
 
     @classmethod
@@ -126,17 +114,18 @@ class BlockSparse:
             )
         shape, (bn, bk) = _checked_sizes(weight.shape, block)
         rows, cols = _grid(shape, (bn, bk))
-        weight = F.pad(weight.detach(), (0, cols * bk - shape[1], 0, rows * bn - shape[0]))
-        blocks = weight.view(rows, bn, cols, bk).transpose(1, 2)
+        weight = pad_to_blocks(weight.detach(), (bn, bk))
         if open is None:
-            open = (blocks != 0).flatten(2).any(2)
+            blocks = (weight != 0).view(rows, bn, cols, bk)
+            open = blocks.any(3).any(1)
         elif open.shape != (rows, cols) or open.dtype != torch.bool:
             raise ValueError(
                 f"open must be bool of shape {(rows, cols)}, got {open.dtype} {tuple(open.shape)}"
             )
-        row, col = open.to(weight.device).nonzero(as_tuple=True)
-        crow = F.pad(torch.bincount(row, minlength=rows).cumsum(0), (1, 0))
-        return cls.from_parts(blocks[row, col].contiguous(), crow, col, shape)
+        open = open.to(weight.device)
+        row, col = open.nonzero(as_tuple=True)
+        crow = F.pad(open.sum(1).cumsum(0), (1, 0))
+        return cls.from_parts(take_blocks(weight, row, col, (bn, bk)), crow, col, shape)
 
     @classmethod
     def from_parts(
@@ -151,6 +140,22 @@ class BlockSparse:
         if len(col) != len(values):
             raise ValueError(f"col must have nnz = {len(values)} entries, got {len(col)}")
         return cls(values, crow, F.pad(col, (0, 1)), tuple(shape))  # pyright: ignore
+
+    @classmethod
+    def _from_own_index(
+        cls, values: torch.Tensor, crow: torch.Tensor, col: torch.Tensor, shape: tuple[int, int]
+    ) -> BlockSparse:
+        """Wrap blocks whose index this package listed from gates: no check, no wait for a device.
+
+        Args:
+            values: ``[nnz, bn, bk]``, contiguous.
+            crow: ``[block_rows + 1]`` int32.
+            col: ``[nnz + 1]`` int32, the last entry 0.
+            shape: ``(N, K)``.
+        """
+        _, cols = _grid(shape, (values.shape[1], values.shape[2]))
+        derived = {name: t.int() for name, t in _derived(crow, col, cols).items()}
+        return cls._from_validated(values, crow, col, shape, **derived)
 
     @classmethod
     def _from_validated(
@@ -219,14 +224,18 @@ class BlockSparse:
         return self.values.nbytes + self.crow.nbytes + self.nnz * self.col.element_size()
 
     def to_dense(self) -> torch.Tensor:
-        """The whole matrix, ``[N, K]`` in the dtype of ``values``; differentiable in ``values``."""
+        """The whole matrix, ``[N, K]`` in the dtype of ``values``; differentiable in ``values``.
+
+        Zeros are written, then the blocks over them: per weight ``1 + 2 density`` values are moved,
+        of which a kernel of its own could save ``density``. A ragged matrix is copied once more.
+        """
         (n, k), (bn, bk) = self.shape, self.block
         rows, cols = self.block_rows, self.block_cols
-        # in transposed order, where the block row is at hand
-        row, perm = self.row[: self.nnz], self.perm
-        blocks = self.values.new_zeros(rows, cols, bn, bk)
-        blocks = blocks.index_put((row, self.col[perm]), self.values[perm])
-        return blocks.transpose(1, 2).reshape(rows * bn, cols * bk)[:n, :k].contiguous()
+        row = torch.repeat_interleave(self.crow.diff(), output_size=self.nnz)
+        dense = self.values.new_zeros(rows * bn, cols * bk)
+        blocks = dense.view(rows, bn, cols, bk).transpose(1, 2)
+        blocks.index_put_((row, self.col[: self.nnz].long()), self.values)
+        return dense[:n, :k].contiguous()
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -305,6 +314,58 @@ def validate_index(
             f"col must rise strictly within a block row, got {int(col[wrong])} then "
             f"{int(col[wrong + 1])} at blocks {wrong} and {wrong + 1}"
         )
+
+
+def pad_to_blocks(weight: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
+    """``[N, K]`` with zeros beyond a ragged edge; ``weight`` itself where blocks divide it."""
+    (n, k), (bn, bk) = weight.shape, block
+    pad = (0, -k % bk, 0, -n % bn)
+    return F.pad(weight, pad) if any(pad) else weight
+
+
+def take_blocks(
+    weight: torch.Tensor, row: torch.Tensor, col: torch.Tensor, block: tuple[int, int]
+) -> torch.Tensor:
+    """Copy blocks of a dense matrix, in library calls.
+
+    Args:
+        weight: ``[N, K]``, from :func:`pad_to_blocks`.
+        row, col: ``[nnz]`` int64. Which blocks.
+        block: ``(bn, bk)``.
+
+    Returns:
+        ``[nnz, bn, bk]``, contiguous.
+    """
+    (n, k), (bn, bk) = weight.shape, block
+    if not weight.is_contiguous():
+        blocks = weight.view(n // bn, bn, k // bk, bk).transpose(1, 2)
+        return blocks[row, col].contiguous()
+    # rows of blocks are whole pieces of memory: 2 to 4 times faster on a CPU (measured)
+    step = k // bk
+    first = row * (bn * step) + col
+    pieces = first[:, None] + torch.arange(0, bn * step, step, device=weight.device)
+    return weight.view(-1, bk).index_select(0, pieces.view(-1)).view(-1, bn, bk)
+
+
+def _derived(crow: torch.Tensor, col: torch.Tensor, block_cols: int) -> dict[str, torch.Tensor]:
+    """The transposed index and the row order, in library calls that wait for no device.
+
+    Args:
+        crow: ``[block_rows + 1]`` int32 | int64.
+        col: ``[nnz + 1]`` int32 | int64, with the container's last 0.
+        block_cols: number of block columns.
+    """
+    nnz, lengths = len(col) - 1, crow.diff()
+    by_col, perm = torch.sort(col[:nnz], stable=True)
+    rows = torch.arange(len(lengths), device=crow.device)
+    row = torch.repeat_interleave(rows, lengths, output_size=nnz)[perm]
+    starts = torch.arange(block_cols + 1, dtype=col.dtype, device=col.device)
+    return {
+        "ccol": torch.searchsorted(by_col, starts),
+        "row": F.pad(row, (0, 1)),
+        "perm": perm,
+        "row_order": torch.argsort(lengths, descending=True, stable=True),
+    }
 
 
 def _first(wrong: torch.Tensor) -> int | None:
