@@ -16,6 +16,7 @@ from unittest import mock
 import torch
 from sgtriton_kernels import (
     bsr_conv_product,
+    bsr_convert,
     bsr_product,
     gate,
     gate_bits,
@@ -140,7 +141,13 @@ def launches_of(run: Callable[[], object]) -> list[Launch]:
 def variants() -> list[Variant]:
     """All of them, each once; ``rows`` says for which batches a tile is taken."""
     found: dict[str, Variant] = {}
-    for variant in (*_elementwise(), *_gated_linear(), *_bsr_linear(), *_bsr_conv()):
+    for variant in (
+        *_elementwise(),
+        *_gated_linear(),
+        *_bsr_linear(),
+        *_bsr_conv(),
+        *_bsr_convert(),
+    ):
         key = repr((variant.op, variant.launch))
         rows = found[key].rows if key in found else ()
         found[key] = replace(found.get(key, variant), rows=rows + variant.rows)
@@ -424,4 +431,36 @@ def _bsr_convolution(
             left_rows=block_n if which == "dvalues" else block_m,
             left_direct=False,
         ),
+    )
+
+
+def _bsr_convert() -> Iterator[Variant]:
+    bf16, fp32 = torch.bfloat16, torch.float32
+    for block in ((16, 16), (64, 64), (128, 128), (32, 1)):
+        for kind, dtype in (("threshold", bf16), ("hard_concrete", fp32)):
+            yield from _gated_to_bsr(block, kind, dtype)
+    yield from _gated_to_bsr((12, 12), "threshold", bf16)
+
+
+def _gated_to_bsr(block: tuple[int, int], kind: str, dtype: torch.dtype) -> Iterator[Variant]:
+    layout = gate_layout((SIZE, SIZE), block)
+    rows, cols = layout.gate_shape
+    w, gates = _empty(SIZE, SIZE, dtype=dtype), _empty(rows, cols)
+    tile = bsr_convert.tile_for_gated_to_bsr(layout, w.device)
+    starts = _empty(rows * -(-cols // tile.GATES) + 1, dtype=torch.int32)
+    nnz = rows * cols // 8
+    count = launch_of(lambda: bsr_convert._count_open(gates, kind, tile))
+    copy = launch_of(lambda: bsr_convert._copy_open(w, gates, starts, nnz, layout, kind, tile))
+    pieces = f"{count.constexprs['BLOCK']} of {tile.GATES} gates"
+    yield Variant("gated_to_bsr count", kind, pieces, count)
+    # a thread's weights, read and written; narrow are gates, starts and columns
+    weights = tile.GATES * tile.BLOCK_R * tile.BLOCK_C // (32 * tile.num_warps)
+    wide = 2 * weights * dtype.itemsize // 16 if block[1] % 16 == 0 else None
+    yield Variant(
+        "gated_to_bsr copy",
+        _name(_TYPES[dtype], "x".join(map(str, block)), kind),
+        f"{tile.GATES} of {tile.BLOCK_R}x{tile.BLOCK_C} w{tile.num_warps}",
+        copy,
+        wide=wide,
+        narrow=3 + tile.GATES,
     )

@@ -20,6 +20,7 @@ def test_every_op_that_ships_is_there():
         "gate_weight", "gate_weight bwd", "gate_penalties", "pack_gates",
         "bsr_linear fwd", "bsr_linear dx", "bsr_linear dvalues", "bsr_linear sums",
         "bsr_conv", "bsr_conv dx", "bsr_conv dvalues",
+        "gated_to_bsr count", "gated_to_bsr copy",
         "fused fwd", "fused dx", "fused dw", "skip fwd", "skip dx", "skip dw",
     }  # fmt: skip
     keys = [(v.op, repr(v.launch)) for v in found]

@@ -4,6 +4,7 @@ from ._impl import use_impl
 from .blocks import GateLayout, coverage, expand_gates, gate_layout, sum_blocks
 from .bsr import BlockSparse
 from .bsr_conv import bsr_conv1d, bsr_conv2d, bsr_conv2d_ref
+from .bsr_convert import gated_to_bsr, gated_to_bsr_ref
 from .bsr_matmul import bsr_linear, bsr_linear_ref
 from .gate import gate_weight, gate_weight_ref
 from .gated_matmul import gated_linear, gated_linear_ref
@@ -29,6 +30,8 @@ __all__ = [
     "gate_weight_ref",
     "gated_linear",
     "gated_linear_ref",
+    "gated_to_bsr",
+    "gated_to_bsr_ref",
     "sum_blocks",
     "use_impl",
 ]
