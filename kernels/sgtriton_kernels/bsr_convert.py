@@ -87,11 +87,12 @@ def gated_to_bsr(
         raise ValueError(f"the number of gates must be below 2**31 - 1, got {gate.numel()}")
     unsupported = "fp64 is for the torch implementation" if w.dtype == torch.float64 else None
     impl = resolve_impl(impl, w.device, "gated_to_bsr", unsupported)
-    w, gate = w.detach(), gate.detach()
+    # contiguous: sigmoid rounds otherwise where gates lie otherwise
+    w, gate = w.detach(), gate.detach().contiguous()
     if impl == "torch":
         return _gated_to_bsr_torch(w, gate, layout, kind)
     tile = tile or tile_for_gated_to_bsr(layout, w.device)
-    return _gated_to_bsr(w, gate.contiguous(), layout, kind, tile)
+    return _gated_to_bsr(w, gate, layout, kind, tile)
 
 
 def gated_to_bsr_ref(
