@@ -373,7 +373,12 @@ _OWN_NAMES = (
 # What a gated or sparse layer adds to a layer; one that has such an attribute cannot become ours.
 ADDED_NAMES = (
     "gate", *_OWN_NAMES,
-    "values", "crow", "col", "ccol", "row", "perm", "row_order", "bits", "dense_weight",
+    "values", "crow", "col", "ccol", "row", "perm", "row_order", "bits",
+    "merged_values", "merged_crow", "merged_col", "merged_ccol", "merged_row", "merged_perm",
+    "merged_row_order", "compact_weight", "compact_cols", "compact_rows",
+    "dense_weight", "wide_weight",
+    "weight_shape", "serve_block", "trainable", "forms", "reason", "expected", "measured",
+    "_dense_copy", "_steps", "_one_form", "_matrices", "_shapes",
 )  # fmt: skip
 
 GATED_TYPES: dict[type[nn.Module], type[GatedModule]] = {

@@ -102,9 +102,9 @@ def patch(
     _check_unwrapped(model)
     targets, skipped = find_layers(model)
     first = [*targets, *(s.name for s in skipped), *(n for n, _ in named_gated_layers(model))]
-    names = _all_names(model, first)
-    wanted = _matcher(include, "include", names, default=True)
-    unwanted = _matcher(exclude, "exclude", names, default=False)
+    names = all_names(model, first)
+    wanted = matcher(include, "include", names, default=True)
+    unwanted = matcher(exclude, "exclude", names, default=False)
     chosen = {n: m for n, m in targets.items() if wanted(n, m) and not unwanted(n, m)}
     for name, layer in chosen.items():
         log.info("%s: gated, block %s, %s", name, block, gate)
@@ -139,6 +139,7 @@ def unpatch(model: Model, fold: bool = False) -> Model:
     Raises:
         ValueError: a NaN gate that would be folded in. The model is unchanged then.
     """
+    from .pruned import forget_left_dense
     from .sparse_layers import SparseModule, densify_layer
 
     layers = list(named_gated_layers(model))
@@ -154,6 +155,7 @@ def unpatch(model: Model, fold: bool = False) -> Model:
         log.info("%s: gates %s", name, "folded into the weight" if fold else "removed")
     restore_fast_paths(model)
     for module in model.modules():
+        forget_left_dense(module)
         if not _holds_our_layers(module):
             forget_states_of(module)
     return model
@@ -169,7 +171,7 @@ def find_layers(model: nn.Module) -> tuple[dict[str, nn.Module], list[Skipped]]:
     from .sparse_layers import SparseModule
 
     read_by = _read_by_parents(model)
-    ties = _tied(model)
+    ties = tied(model)
     targets: dict[str, nn.Module] = {}
     skipped: list[Skipped] = []
     for name, module in model.named_modules():
@@ -179,7 +181,7 @@ def find_layers(model: nn.Module) -> tuple[dict[str, nn.Module], list[Skipped]]:
         is_layer = isinstance(module, (nn.Linear, _ConvNd))
         if not weights and not is_layer:
             continue
-        reason = _why_not(name, module, read_by, ties)
+        reason = why_not(name, module, read_by, ties)
         if reason is None:
             targets[name] = module
         else:
@@ -223,9 +225,17 @@ def _holds_our_layers(module: nn.Module) -> bool:
     return any(isinstance(m, (GatedModule, SparseModule)) for m in module.modules())
 
 
-def _why_not(
+def why_not(
     name: str, module: nn.Module, read_by: dict[int, str], ties: dict[str, str]
 ) -> str | None:
+    """Why a layer that holds weights cannot be gated; ``None`` if it can.
+
+    Args:
+        name: qualified name of the layer.
+        module: the layer.
+        read_by: ``{id of a layer: the parent that reads its weight}``.
+        ties: as :func:`tied` returns it.
+    """
     kind = type(module).__name__
     if id(module) in read_by:
         return f"{read_by[id(module)]} reads its weight instead of calling it"
@@ -262,7 +272,7 @@ def _read_by_parents(model: nn.Module) -> dict[int, str]:
     }
 
 
-def _tied(model: nn.Module) -> dict[str, str]:
+def tied(model: nn.Module) -> dict[str, str]:
     """``{name of a parameter: names of the others that share memory with it}``."""
     spans: list[tuple[str, int, int, str]] = []  # device, first byte, end, name
     for name, module in model.named_modules():
@@ -317,7 +327,7 @@ def _check_unwrapped(model: nn.Module) -> None:
             )
 
 
-def _all_names(model: nn.Module, first: list[str]) -> dict[str, list[str]]:
+def all_names(model: nn.Module, first: list[str]) -> dict[str, list[str]]:
     """``{name: every name}`` of the layers named; a shared one has several."""
     by_module: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -326,9 +336,20 @@ def _all_names(model: nn.Module, first: list[str]) -> dict[str, list[str]]:
     return {name: every.get(name, [name]) for name in first}
 
 
-def _matcher(
+def matcher(
     pattern: Pattern, argument: str, names: dict[str, list[str]], default: bool
 ) -> Callable[[str, nn.Module], bool]:
+    """Whether a layer, given by name, is one that ``pattern`` means.
+
+    Args:
+        pattern: as for :func:`patch`.
+        argument: what the user calls it.
+        names: as :func:`all_names` returns it.
+        default: what ``None`` means.
+
+    Raises:
+        ValueError: a glob that matches no layer.
+    """
     if pattern is None:
         return lambda name, module: default
     if callable(pattern):

@@ -133,7 +133,7 @@ def _fixed(form: str, stored: StoredWeight, possible: tuple[str, ...]) -> Plan:
             reason = f"no served block is made of whole blocks of {shown(layout.block)}"
             form = "dense"
     elif form == "dense_left" and form not in possible:
-        form, reason = "dense", "dense_left is for linear layers that are not trained"
+        form, reason = "dense", "dense_left is for linear layers"
     elif form not in possible:
         form, reason = "dense", _WHY_DENSE
     return Plan(dict.fromkeys(BUCKETS, form), reason)

@@ -15,7 +15,7 @@ from sgtriton_kernels.blocks import Block
 from torch import nn
 from torch.nn.utils import prune
 
-from .patching import Pattern, _all_names, _matcher, _tied, _why_not, find_layers
+from .patching import Pattern, all_names, find_layers, matcher, tied, why_not
 from .stored import StoredWeight
 
 _LEFT_DENSE = "_sgtriton_left_dense"  # block of which a layer held no zero one
@@ -46,9 +46,9 @@ def find_pruned(
     layers, skipped = find_layers(model)
     layers |= _masked_layers(model)
     layers = {name: layers[name] for name, _ in model.named_modules() if name in layers}
-    names = _all_names(model, [*layers, *(s.name for s in skipped)])
-    wanted = _matcher(include, "include", names, default=True)
-    unwanted = _matcher(exclude, "exclude", names, default=False)
+    names = all_names(model, [*layers, *(s.name for s in skipped)])
+    wanted = matcher(include, "include", names, default=True)
+    unwanted = matcher(exclude, "exclude", names, default=False)
     found: dict[str, StoredWeight] = {}
     left: dict[str, nn.Module] = {}
     for name, layer in layers.items():
@@ -84,6 +84,11 @@ def make_permanent(layer: nn.Module) -> None:
 def mark_left_dense(layer: nn.Module, block: Block) -> None:
     """Note on a layer that it was looked at and has no zero block, for :func:`why_left_dense`."""
     setattr(layer, _LEFT_DENSE, block)
+
+
+def forget_left_dense(layer: nn.Module) -> None:
+    """Take that note off again."""
+    vars(layer).pop(_LEFT_DENSE, None)
 
 
 def why_left_dense(layer: nn.Module) -> str | None:
@@ -131,8 +136,8 @@ def _masked_layers(model: nn.Module) -> dict[str, nn.Module]:
         twin = copy.copy(module)
         twin._parameters = dict(module._parameters)
         twin._parameters["weight"] = twin._parameters.pop("weight_orig")
-        ties = _tied(model) if ties is None else ties
-        tied = ties.get(f"{name}.weight_orig".removeprefix("."))
-        if _why_not(name, twin, {}, {}) is None and tied is None:
+        ties = tied(model) if ties is None else ties
+        shared = f"{name}.weight_orig".removeprefix(".") in ties
+        if why_not(name, twin, {}, {}) is None and not shared:
             layers[name] = module
     return layers

@@ -140,7 +140,7 @@ def _check_arguments(form, block, include, exclude, serve_block, trainable) -> N
             check_block(serve_block)
         except ValueError as error:
             raise ValueError(f"serve_{error}") from None
-    if trainable and (serve_block is not None or form in ("merged", "compacted")):
+    if trainable and (serve_block is not None or form in ("dense_left", "merged", "compacted")):
         raise ValueError(
             "trainable layers compute from their stored blocks: form must be 'auto', 'lookup', "
             f"'dense' or 'sparse' and serve_block None, got {form!r} and {serve_block}"

@@ -57,7 +57,7 @@ class SparseModule(nn.Module):
             the cost model and on this machine; empty where none was asked for.
         trainable: whether ``values`` is a Parameter.
         dense_weight: dense copy, if a form needs it and it was not forbidden.
-        wide_weight: dense copy in fp32 of 16-bit values, likewise, for ``"dense_left"``.
+        wide_weight: dense copy in fp32 of 16-bit values, likewise, for ``"dense_left"`` on a CPU.
     """
 
     values: torch.Tensor
@@ -217,13 +217,8 @@ class SparseModule(nn.Module):
         for name in (*_MERGED, *_COMPACT):
             self._buffers.pop(name, None)
         self._matrices.pop("merged", None)
-        forms, self.dense_weight, self.wide_weight = set(self.forms.values()), None, None
-        if self._dense_copy and not self.trainable:
-            wide = "dense_left" in forms and self.values.dtype.itemsize < 4
-            if "dense" in forms or ("dense_left" in forms and not wide):
-                self.dense_weight = self.stored.to_dense()
-            if wide:
-                self.wide_weight = self.stored.to_dense().float()
+        self._copy_dense()
+        forms = set(self.forms.values())
         if "merged" in forms:
             assert self.serve_block is not None
             matrix = self.stored.merged(self.serve_block).matrix
@@ -234,6 +229,18 @@ class SparseModule(nn.Module):
         if "compacted" in forms:
             for name, part in zip(_COMPACT, compact(self.stored.to_dense()), strict=True):
                 self.register_buffer(name, part, persistent=False)
+
+    def _copy_dense(self) -> None:
+        forms, values = set(self.forms.values()), self.values
+        self.dense_weight = self.wide_weight = None
+        if not self._dense_copy or self.trainable or not forms & {"dense", "dense_left"}:
+            return
+        weight = self.stored.to_dense()
+        wide = "dense_left" in forms and values.dtype.itemsize < 4 and values.device.type == "cpu"
+        if wide:
+            self.wide_weight = weight.float()
+        if "dense" in forms or not wide:
+            self.dense_weight = weight
 
     @property
     def bytes_beside(self) -> int:
@@ -299,8 +306,9 @@ class SparseModule(nn.Module):
 
     def _apply(self, fn, recurse=True):
         before = {n: b for n in _INDEX if (b := self._buffers.get(n)) is not None}
-        dtype = self.values.dtype
-        super()._apply(fn, recurse)  # casts the copy that has to stay in fp32 as well
+        kind = self.values.dtype, self.values.device.type
+        super()._apply(fn, recurse)
+        kept = kind == (self.values.dtype, self.values.device.type)
         if not all(_same_or_meta(old, self._buffers[name]) for name, old in before.items()):
             # to_empty(): what the memory held is no index, and an index is an address to a kernel
             weight = torch.zeros(self.weight_shape, dtype=self.values.dtype)
@@ -308,8 +316,10 @@ class SparseModule(nn.Module):
             empty = StoredWeight.from_gated(weight, nothing, self.layout)
             self.store(stored_like(empty, self.values))
             self.prepare()
-        elif self.values.dtype != dtype or _is_narrow(self._buffers["wide_weight"]):
-            self.prepare()
+        elif "dense_left" in self.forms.values() and self.values.device.type != "meta":
+            wide = self._buffers["wide_weight"]
+            if not kept or (wide is not None and wide.dtype != torch.float32):  # it was cast too
+                self._copy_dense()
         self._matrices.clear()
         return self
 
@@ -357,7 +367,8 @@ class BlockSparseLinear(SparseModule, nn.Linear):
     def _dense_left(self, input: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         weight, dtype = self._buffers["wide_weight"], self._buffers["values"].dtype  # pyright: ignore
         weight = self.full_weight() if weight is None else weight
-        if torch.compiler.is_compiling() or torch.is_autocast_enabled(input.device.type):
+        kind = input.device.type
+        if kind != "cpu" or torch.compiler.is_compiling() or torch.is_autocast_enabled(kind):
             return nn.functional.linear(input, weight.to(dtype), bias)
         if input.dtype != dtype:
             raise ValueError(
@@ -436,10 +447,6 @@ def _remove_buffers(layer: SparseModule) -> None:
     for name in _OWN_BUFFERS:
         layer._buffers.pop(name, None)
     layer._non_persistent_buffers_set.difference_update(_OWN_BUFFERS)
-
-
-def _is_narrow(copied: torch.Tensor | None) -> bool:
-    return copied is not None and copied.dtype != torch.float32
 
 
 def _same_or_meta(old: torch.Tensor, new: torch.Tensor | None) -> bool:
