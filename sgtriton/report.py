@@ -109,10 +109,10 @@ class Summary:
             lines.append(
                 f"\n{closed}, {self.sparsity_of_all:.2%} of all {self.parameters:,} parameters"
             )
-        said: dict[str, list[str]] = {}
+        said: dict[tuple[str, ...], list[str]] = {}
         for layer in self.layers:
             said.setdefault(_in_words(layer), []).append(layer.name)
-        lines += [_wrap(f"{', '.join(names)}: {text}") for text, names in said.items()]
+        lines += [_statement(", ".join(names), *parts) for parts, names in said.items()]
         copies = sum(layer.bytes_copy for layer in self.layers)
         if copies:
             lines.append(f"copies kept for forms other than sparse: {_size(copies)}")
@@ -215,23 +215,36 @@ def _others(model: nn.Module) -> int:
     )
 
 
-def _wrap(line: str) -> str:
-    return textwrap.fill(line, 100, subsequent_indent="  ", break_long_words=False)
+def _wrap(line: str, indent: str = "") -> str:
+    after = indent + "  "
+    return textwrap.fill(
+        line, 100, initial_indent=indent, subsequent_indent=after, break_long_words=False
+    )
 
 
-def _in_words(layer: LayerSummary) -> str:
-    """In which form a layer computes and why, with what the table has no column for."""
-    text = "" if layer.open_blocks or not layer.blocks else "fully pruned, "
-    text += "pruned elsewhere, " if layer.gate_kind == NO_GATES else ""
-    text += f"{layer.form}: {layer.reason}"
+def _statement(names: str, form: str, *reasons: str) -> str:
+    """What is said of some layers: in one line, or each reason in its own."""
+    line = " ".join([f"{names}: {form}", *reasons])
+    if len(line) <= 100 or len(reasons) == 1:
+        return _wrap(line)
+    return "\n".join([_wrap(f"{names}: {form}"), *(_wrap(reason, "  ") for reason in reasons)])
+
+
+def _in_words(layer: LayerSummary) -> tuple[str, ...]:
+    """In which form a layer computes, and why, with what the table has no column for."""
+    form = "" if layer.open_blocks or not layer.blocks else "fully pruned, "
+    form += "pruned elsewhere, " if layer.gate_kind == NO_GATES else ""
+    reasons = layer.reason.split("; ")
     if layer.expected:
         speedups = ", ".join(f"{speedup:.2g}x" for speedup in layer.expected.values())
-        text += f" (expected {speedups})"
+        reasons[-1] += f" (expected {speedups})"
     if layer.serve_block is not None and "merged" in layer.form:
-        text += (
-            f"; merged blocks of {shown(layer.serve_block)} leave out {layer.served_sparsity:.2%}"
+        reasons.append(
+            f"merged blocks of {shown(layer.serve_block)} leave out {layer.served_sparsity:.2%}"
         )
-    return text
+    if layer.bytes_copy > layer.bytes_dense:
+        reasons.append(f"copies take {layer.bytes_copy / layer.bytes_dense:.2g}x the dense weight")
+    return f"{form}{layer.form}:", *(f"{reason};" for reason in reasons[:-1]), reasons[-1]
 
 
 def _size(count: int) -> str:

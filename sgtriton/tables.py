@@ -13,6 +13,7 @@ __all__ = ["format_table", "print_table"]
 
 _GAP = "  "
 _MIN_WRAP = 12  # a column of text is never wrapped narrower than this
+_JOINT = re.compile(r"(?<=[._/])|(?<=[a-z])(?=[A-Z])")  # encoder.layers, BlockSparseLinear
 # 12  -1.5  97.8 %  1,024  2.1e-05  36.2 s  0.15x
 _NUMBER = re.compile(r"[+-]?[\d,]*\.?\d+(e[+-]?\d+)?( ?(%|x|s|ms|[kKMG]i?B|B))?", re.IGNORECASE)
 
@@ -27,7 +28,8 @@ def format_table(
     """Set rows in aligned columns of plain text.
 
     Columns of text are wrapped between words, the widest first, while the table is wider than
-    ``width``; numbers are never broken, so a table of many numbers may still be wider.
+    ``width``, and long names between their parts; numbers are never broken, so a table of many
+    numbers may still be wider.
 
     Args:
         headers: One per column; shown with ``str``.
@@ -144,11 +146,24 @@ def _columns(text: str) -> int:
     )
 
 
+def _fold(cell: str, width: int) -> list[str]:
+    """The cell in lines; names are broken between their parts where that is possible."""
+    if _columns(cell) <= width:
+        return [cell]
+    words = []
+    for word in cell.split():
+        line = ""
+        for part in _JOINT.split(word) if len(word) > width else [word]:
+            if line and len(line + part) > width:
+                words.append(line)
+                line = ""
+            line += part
+        words.append(line)
+    return textwrap.wrap(" ".join(words), width) or [""]
+
+
 def _set_row(row: Sequence[str], widths: Sequence[int], align: str) -> list[str]:
-    folded = [
-        [cell] if _columns(cell) <= w else textwrap.wrap(cell, w) or [""]
-        for cell, w in zip(row, widths, strict=True)
-    ]
+    folded = [_fold(cell, w) for cell, w in zip(row, widths, strict=True)]
     lines = []
     for i in range(max((len(cell) for cell in folded), default=0)):
         parts = []
