@@ -90,7 +90,7 @@ def peers(weight: torch.Tensor, block: int, x: torch.Tensor, threads: int) -> di
     calls["torch.sparse BSR"] = lambda: torch.mm(bsr, x.T).T
     rows = x.numpy()
     try:
-        from scipy import sparse
+        from scipy import sparse  # pyright: ignore[reportMissingImports]
     except ImportError:
         pass
     else:
@@ -105,8 +105,8 @@ def peers(weight: torch.Tensor, block: int, x: torch.Tensor, threads: int) -> di
 def _onnx_session(weight: torch.Tensor, m: int, threads: int):
     """A model of one product, or ``None`` where onnxruntime is missing."""
     try:
-        import onnx
-        import onnxruntime
+        import onnx  # pyright: ignore[reportMissingImports]
+        import onnxruntime  # pyright: ignore[reportMissingImports]
     except ImportError:
         return None
     n, k = weight.shape

@@ -158,9 +158,9 @@ def _copy_open_kernel(
         values_ptr = values_ptr.to(tl.pointer_type(tl.int16), bitcast=True)
     parts_c = tl.cdiv(BK, BLOCK_C)
     parts = tl.cdiv(BN, BLOCK_R) * parts_c
-    # cards divide 32 bits several times faster, and a program's index fits
-    piece = tl.program_id(0) // parts
-    part = tl.program_id(0) % parts
+    pid = tl.program_id(0).to(tl.int64)
+    piece = pid // parts
+    part = pid % parts
     r = (piece // PIECES).to(tl.int64)
     gates = (piece % PIECES).to(tl.int64) * GATES + tl.arange(0, GATES)
     opened, z = _open_gates(gate_ptr + r * C + gates, gates < C, HARD_CONCRETE)
