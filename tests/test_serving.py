@@ -658,6 +658,42 @@ def test_cost_model_prefers_what_reads_little_and_dense_where_nothing_is_gained(
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
+def test_cost_model_knows_what_the_library_is_slow_at(monkeypatch, capability):
+    """It packs the weight for each product of few rows, and may lack instructions for 16 bits."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+
+    def expected(form, rows, dtype=torch.float32, share=1.0):
+        return planning.expected_speedup(
+            form, (64, 64), share, (4096, 1024), rows, dtype, torch.device("cpu")
+        )
+
+    left = [expected("dense_left", rows) for rows in (1, 4, 8, 32, 128)]
+    assert all(1.2 < speedup < 2 for speedup in left)
+    assert expected("dense_left", 129) == pytest.approx(1, abs=0.01)
+    for rows in (16, 512):
+        assert expected("dense", rows) == 1
+        for dtype in (torch.float16, torch.bfloat16):
+            assert (expected("dense_left", rows, dtype) > 3) == (capability == "AVX2")
+            gain = expected("sparse", rows, dtype, 0.1) / expected("sparse", rows, share=0.1)
+            assert (gain > 2.5) == (capability == "AVX2")
+            assert expected("compacted", rows, dtype, 0.5) == pytest.approx(2, abs=0.02)
+
+
+def test_cost_model_expects_nothing_of_a_card_that_is_known_of_cpus():
+    card, shape = torch.device("cuda"), (8192, 8192)
+
+    def expected(form, rows, share=1.0, dtype=torch.bfloat16):
+        return planning.expected_speedup(form, (64, 64), share, shape, rows, dtype, card)
+
+    for rows in (1, 16, 512):
+        for dtype in (torch.float32, torch.bfloat16):
+            assert expected("dense_left", rows, dtype=dtype) <= 1
+    sparse = [expected("sparse", 4096, share) for share in (1.0, 0.5, 0.1)]
+    assert sparse == sorted(sparse)
+    assert sparse[0] < 1 < sparse[-1] < 10
+
+
 @torch.no_grad()
 def test_written_values_show_in_the_sparse_form_and_exchanged_ones_everywhere():
     model = columns_dead(nn.Sequential(nn.Linear(64, 48)))
