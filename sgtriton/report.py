@@ -225,8 +225,8 @@ def _wrap(line: str, indent: str = "") -> str:
 def _statement(names: str, form: str, *reasons: str) -> str:
     """What is said of some layers: in one line, or each reason in its own."""
     line = " ".join([f"{names}: {form}", *reasons])
-    if len(line) <= 100 or len(reasons) == 1:
-        return _wrap(line)
+    if len(line) <= 100:
+        return line
     return "\n".join([_wrap(f"{names}: {form}"), *(_wrap(reason, "  ") for reason in reasons)])
 
 
@@ -234,17 +234,18 @@ def _in_words(layer: LayerSummary) -> tuple[str, ...]:
     """In which form a layer computes, and why, with what the table has no column for."""
     form = "" if layer.open_blocks or not layer.blocks else "fully pruned, "
     form += "pruned elsewhere, " if layer.gate_kind == NO_GATES else ""
-    reasons = layer.reason.split("; ")
+    reasons = [f"{reason};" for reason in layer.reason.split("; ")]
     if layer.expected:
         speedups = ", ".join(f"{speedup:.2g}x" for speedup in layer.expected.values())
-        reasons[-1] += f" (expected {speedups})"
+        reasons[-1] = reasons[-1][:-1]
+        reasons.append(f"(expected {speedups});")
     if layer.serve_block is not None and "merged" in layer.form:
-        reasons.append(
-            f"merged blocks of {shown(layer.serve_block)} leave out {layer.served_sparsity:.2%}"
-        )
+        block, closed = shown(layer.serve_block), layer.served_sparsity
+        reasons.append(f"merged blocks of {block} leave out {closed:.2%};")
     if layer.bytes_copy > layer.bytes_dense:
-        reasons.append(f"copies take {layer.bytes_copy / layer.bytes_dense:.2g}x the dense weight")
-    return f"{form}{layer.form}:", *(f"{reason};" for reason in reasons[:-1]), reasons[-1]
+        reasons.append(f"copies take {layer.bytes_copy / layer.bytes_dense:.2g}x the dense weight;")
+    reasons[-1] = reasons[-1][:-1]
+    return f"{form}{layer.form}:", *reasons
 
 
 def _size(count: int) -> str:

@@ -320,3 +320,28 @@ def test_expected_and_measured_speedups_are_shown():
     said = f"{reason} (expected 0.5x, 1x, 1.5x, 2x, 2.5x)"
     assert said in " ".join(str(summary).split())
     assert max(map(len, str(summary).splitlines())) <= 100
+
+
+def test_each_reason_has_a_line_where_one_is_too_short():
+    model = sgtriton.sparsify(two_layers(), form="dense")
+    reasons = [
+        "sparse against dense: 0.5x at M 1, 0.7x at M 2-8, 0.97x at M 9-32",
+        "dense_left against dense: 1.3x at M 33-128, 2x at M >128",
+    ]
+    forms = {**DENSE, "33-128": "dense_left", ">128": "dense_left"}
+    model[0].set_forms(forms, "; ".join(reasons), True, dict.fromkeys(BUCKETS, 1.5))
+    lines = str(sgtriton.summary(model)).splitlines()
+    start = lines.index("0: dense_left at M 33-128, >128; else dense:")
+    assert lines[start + 1 : start + 5] == [
+        f"  {reasons[0]};",
+        f"  {reasons[1]}",
+        "  (expected 1.5x, 1.5x, 1.5x, 1.5x, 1.5x)",
+        "2: dense: as asked for",
+    ]
+
+
+def test_copies_that_take_more_than_the_dense_weight_are_told():
+    model = sgtriton.sparsify(two_layers().half(), form="dense_left")
+    said = "copies take 2x the dense weight"  # in fp32, of weights of 16 bits
+    assert f"0, 2: dense_left: as asked for; {said}" in str(sgtriton.summary(model))
+    assert said not in str(sgtriton.summary(model.float()))

@@ -36,6 +36,16 @@ def test_a_wide_table_is_wrapped_between_words_to_fit():
     assert "".join(reason.split()) in "".join(table.split())
 
 
+def test_long_names_are_broken_between_their_parts():
+    rows = [["encoder.layers.0.linear1", "BlockSparseLinear", "x" * 30 + " and y"]]
+    table = format_table(["layer", "type", "what"], rows, align="lll", width=40)
+    assert [line.split() for line in table.splitlines()[2:]] == [
+        ["encoder.", "BlockSparse", "x" * 12],
+        ["layers.0.", "Linear", "x" * 12],
+        ["linear1", "x" * 6, "and", "y"],
+    ]
+
+
 def test_numbers_are_never_broken():
     row = [123456789.125] * 12
     table = format_table([f"column {i}" for i in range(12)], [row])
