@@ -120,6 +120,16 @@ def test_gated_model_is_served_where_nothing_else_is_pruned():
     assert "not gated: 1: no zero block of 4x4" in str(sgtriton.summary(model))
 
 
+@torch.no_grad()
+def test_unpatching_forgets_which_layers_were_left_dense():
+    model = sgtriton.patch(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), (4, 4), include="0")
+    sgtriton.sparsify(model, block=(4, 4), form="dense")
+    assert vars(model[1]).keys() > vars(nn.Linear(8, 8)).keys()
+    sgtriton.unpatch(model)
+    assert vars(model[1]).keys() == vars(nn.Linear(8, 8)).keys()
+    assert "no zero block" not in str(sgtriton.summary(model))
+
+
 METHODS = {
     "structured": lambda m: prune.ln_structured(m, "weight", amount=8, n=2, dim=0),
     "unstructured": lambda m: prune.l1_unstructured(m, "weight", amount=0.9),

@@ -10,7 +10,8 @@ from helpers import DTYPES, assert_close, assert_exact, assert_within_twice
 from torch import nn
 
 import sgtriton
-from sgtriton.layers import GatedModule
+from sgtriton import sparse_layers
+from sgtriton.layers import ADDED_NAMES, GatedModule
 from sgtriton.sparse_layers import (
     BUCKETS,
     SPARSE_TYPES,
@@ -125,8 +126,6 @@ def test_bucket_boundaries(rows, bucket):
 @torch.no_grad()
 def test_form_follows_the_rows_of_x_in_all(monkeypatch):
     """Leading dimensions multiply: ``[2, 3, 5, K]`` has 30 rows."""
-    from sgtriton import sparse_layers
-
     model = served(nn.Linear(16, 8), (4, 4))
     layer, used = model[0], []
     real = sparse_layers.bsr_linear
@@ -724,6 +723,8 @@ def test_wide_copy_follows_the_layer(dtype, tmp_path):
         "half": copy.deepcopy(model).half(),
         "float": copy.deepcopy(model).float(),
         "bfloat16": copy.deepcopy(model).bfloat16(),
+        "bfloat16 again": copy.deepcopy(model).bfloat16().bfloat16(),
+        "there and back": copy.deepcopy(model).double().to(dtype),
     }.items():
         layer = other[0]
         wide = layer.values.dtype.itemsize < 4
@@ -745,12 +746,64 @@ def test_wide_copy_follows_the_layer(dtype, tmp_path):
 
 
 @torch.no_grad()
+def test_wide_layers_keep_no_wide_copy():
+    model = served(nn.Linear(24, 16).half(), (4, 4), form="dense_left").double()
+    assert model[0].wide_weight is None
+    assert_exact("double", model[0].dense_weight, model[0].stored.to_dense())
+    assert model(torch.randn(3, 24).double()).dtype == torch.float64
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("through_meta", [False, True])
+@torch.no_grad()
+def test_weight_to_the_left_is_emptied_and_loaded(through_meta, dtype):
+    model = served(nn.Linear(24, 16).to(dtype), (4, 4), form="dense_left")
+    state = {key: t.clone() for key, t in model.state_dict().items()}
+    x = torch.randn(3, 24).to(dtype)
+    out = model(x)
+    if through_meta:
+        model.to("meta")
+        assert model(x.to("meta")).shape == out.shape
+    model.to_empty(device="cpu")
+    assert model[0].stored.density == 0
+    assert (model[0].wide_weight is not None) == (dtype == torch.bfloat16)
+    model.load_state_dict(state)
+    assert_exact("out", model(x), out)
+
+
+@torch.no_grad()
+def test_weight_to_the_left_is_filled_in_at_each_call_where_no_copy_is_kept():
+    for dtype in (torch.float32, torch.bfloat16):
+        model = gated(nn.Linear(24, 16).to(dtype), (4, 4))
+        kept = sgtriton.sparsify(copy.deepcopy(model), form="dense_left")
+        sgtriton.sparsify(model, form="dense_left", dense_copy=False)
+        assert model[0].form == "dense_left"
+        for other in (model, copy.deepcopy(model).half().to(dtype)):
+            assert other[0].dense_weight is other[0].wide_weight is None
+            assert other[0].bytes_beside == 0
+        x = torch.randn(3, 24).to(dtype)
+        assert_exact("out", model(x), kept(x))
+
+
+@torch.no_grad()
 def test_layer_of_16_bits_may_keep_both_copies():
     layer = served(nn.Linear(24, 16).half(), (4, 4), form="dense")[0]
     layer.set_forms({**DENSE, "1": "dense_left"}, "a test", True)
     assert layer.dense_weight.dtype == torch.float16
     assert layer.wide_weight.dtype == torch.float32
     assert layer.bytes_beside == 24 * 16 * (2 + 4)
+    text = str(sgtriton.summary(layer))
+    assert f"copies kept for forms other than sparse: {24 * 16 * 6:,} B" in text
+    assert "dense_left at M 1; else dense: a test; copies take 3x the dense weight" in text
+    wide = copy.deepcopy(layer).float()  # one copy serves both
+    assert wide.bytes_beside == 24 * 16 * 4
+    for rows in (1, 3):
+        x = torch.randn(rows, 24).half()
+        weight, bias = layer.stored.to_dense(), layer.bias
+        expected = nn.functional.linear(x, weight, bias)
+        assert_close(f"{rows} rows", layer(x), expected)
+        expected = nn.functional.linear(x.float(), weight.float(), bias.float())
+        assert_close(f"{rows} rows, wide", wide(x.float()), expected)
     layer.set_forms(LEFT, "a test", False)  # without a copy it is filled in at each call
     assert layer.dense_weight is layer.wide_weight is None
     x = torch.randn(3, 24).half()
@@ -776,3 +829,26 @@ def test_weight_to_the_left_trains_its_bias_and_passes_the_gradient_on():
     model(x).sum().backward()
     assert_close("dx", x.grad, weight.sum(0).expand(3, 12))
     assert_exact("bias", model[0].bias.grad, torch.full((8,), 3.0))
+
+
+def test_unpatched_layer_keeps_no_copy():
+    for dtype in (torch.float32, torch.bfloat16):
+        model = served(nn.Linear(12, 8).to(dtype), (4, 4), form="dense_left")
+        weight = model[0].stored.to_dense()
+        sgtriton.unpatch(model)
+        assert type(model[0]) is nn.Linear
+        assert not dict(model.named_buffers())
+        assert vars(model[0]).keys() == vars(nn.Linear(12, 8)).keys()
+        assert_exact("weight", model[0].weight.detach(), weight)
+
+
+def test_layers_with_attributes_that_would_be_overwritten_are_left_alone():
+    assert {*sparse_layers._ATTRIBUTES, *sparse_layers._OWN_BUFFERS} <= set(ADDED_NAMES)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+    model[0].reason = "the user's"
+    model[1].register_buffer("wide_weight", torch.ones(2))
+    sgtriton.patch(model, (4, 4))
+    assert [type(layer) for layer in model] == [nn.Linear, nn.Linear, sgtriton.GatedLinear]
+    reasons = [skip.reason for skip in sgtriton.summary(model).skipped]
+    names = ("reason", "wide_weight")
+    assert reasons == [f"it has an attribute {name!r} of its own" for name in names]

@@ -262,7 +262,8 @@ def test_trainable_model_of_several_layers_goes_back_to_dense_layers():
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"form": "merged"}, {"form": "compacted"}, {"serve_block": (16, 16)}]
+    "arguments",
+    [{"form": "merged"}, {"form": "compacted"}, {"form": "dense_left"}, {"serve_block": (16, 16)}],
 )
 def test_forms_with_copies_of_the_values_are_refused(arguments):
     model = gated(lambda: nn.Linear(64, 64), (4, 4))
@@ -270,7 +271,7 @@ def test_forms_with_copies_of_the_values_are_refused(arguments):
         sgtriton.sparsify(model, trainable=True, **arguments)
     assert isinstance(model[0], GatedModule)
     layer = sgtriton.sparsify(model, form="dense", trainable=True)[0]
-    for form in ("merged", "compacted"):
+    for form in ("merged", "compacted", "dense_left"):
         with pytest.raises(ValueError, match=r"forms must give one of \('dense', 'sparse'\)"):
             layer.set_forms(dict.fromkeys(BUCKETS, form), "a test", True)
 
