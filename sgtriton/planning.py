@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 from sgtriton_kernels import BlockSparse, GateLayout, bsr_linear
+from sgtriton_kernels.blocks import fits_kernels
 from sgtriton_kernels.dense_products import dense_linear
 from torch import nn
 
@@ -73,11 +74,9 @@ def plan_forms(
     dense_type = dense_type_of(layer)
     assert dense_type is not None
     possible = possible_forms(dense_type, stored.layout, serve_block, trainable)
-    weight = stored.to_dense()
     if form in FORMS:
         return _fixed(form, stored, possible)
-    if possible == ("dense",):
-        return Plan(dict.fromkeys(BUCKETS, "dense"), _WHY_DENSE)
+    weight = stored.to_dense()
     shares: dict[str, float] = {"dense": 1.0}
     calls: dict[str, Call] = {}
     if "dense_left" in possible and dense_copy and weight.device.type == "cpu":
@@ -127,7 +126,7 @@ def _fixed(form: str, stored: StoredWeight, possible: tuple[str, ...]) -> Plan:
     elif form == "compacted":
         form, reason = "dense", "grouped convolutions are not compacted"
     elif form == "merged" and form not in possible and "sparse" in possible:
-        if _is_served(layout.block):
+        if fits_kernels(layout.block):
             form, reason = "sparse", f"blocks of {shown(layout.block)} are served as they are"
         else:
             reason = f"no served block is made of whole blocks of {shown(layout.block)}"
@@ -137,10 +136,6 @@ def _fixed(form: str, stored: StoredWeight, possible: tuple[str, ...]) -> Plan:
     elif form not in possible:
         form, reason = "dense", _WHY_DENSE
     return Plan(dict.fromkeys(BUCKETS, form), reason)
-
-
-def _is_served(block: tuple[int, int]) -> bool:
-    return all(side >= 16 and not side & (side - 1) for side in block)
 
 
 def _by_lookup(
@@ -280,7 +275,7 @@ def _by_timing(
     serve_block: tuple[int, int] | None,
     weight: torch.Tensor,
 ) -> Plan:
-    if weight.device.type != "cpu" and not _is_served(layout.block) and "merged" in calls:
+    if weight.device.type != "cpu" and not fits_kernels(layout.block) and "merged" in calls:
         # the Triton kernels do not serve the gates' own blocks
         calls = {form: call for form, call in calls.items() if form != "sparse"}
     forms, expected, measured, beside = {}, {}, {}, {}

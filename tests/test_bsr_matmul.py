@@ -8,6 +8,7 @@ from sgtriton_kernels import bsr_matmul
 from sgtriton_kernels._impl import use_impl
 from sgtriton_kernels._triton import INTERPRETED, why_not_triton
 from sgtriton_kernels.bsr import BlockSparse
+from sgtriton_kernels.bsr_checks import why_no_kernel
 from sgtriton_kernels.bsr_matmul import bsr_linear, bsr_linear_ref
 from sgtriton_kernels.tiles import BSR_FORMS, BsrTile
 from test_bsr import patterns
@@ -185,7 +186,7 @@ def test_padding_beyond_a_ragged_edge_is_never_used(block, impl, device):
             w.values[i, max(0, n - row * bn) :] = float("nan")
             w.values[i, :, max(0, k - int(w.col[i]) * bk) :] = float("nan")
     x = integers(5, 130, device=device)
-    if impl == "triton" and (bsr_matmul._why_unsupported(x.dtype, block)):
+    if impl == "triton" and (why_no_kernel(x.dtype, block)):
         pytest.skip("a block for the torch implementation")
     assert_exact("out", bsr_linear(x, w, impl=impl, tile=TILE), bsr_linear_ref(x, w))
 

@@ -24,3 +24,12 @@ def round_to_bf16(y):
     bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
     bits = tl.where(y == y, bits, 0x7FC0)
     return bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def rounded(y, DTYPE: tl.constexpr, SOFT_BF16: tl.constexpr):
+    # what a kernel stores of sums in fp32
+    if SOFT_BF16:
+        return round_to_bf16(y)
+    else:
+        return y.to(DTYPE)

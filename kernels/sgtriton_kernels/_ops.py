@@ -9,7 +9,7 @@ and a kernel that someone else registers for the op is not reached.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -64,3 +64,21 @@ def is_watched(*tensors: torch.Tensor | None) -> bool:
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state()
     )
+
+
+def grads_with_graph(
+    out: Callable[[], torch.Tensor],
+    inputs: Sequence[torch.Tensor],
+    needs: Sequence[bool],
+    dout: torch.Tensor,
+) -> list[torch.Tensor | None]:
+    """Gradients of ``inputs``, those that are needed, that can be differentiated again.
+
+    Args:
+        out: computes the op's result by differentiable ops; not called where nothing is needed.
+        inputs, needs: of what, and whether.
+        dout: the result's gradient.
+    """
+    wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
+    grads = iter(torch.autograd.grad(out(), wanted, dout, create_graph=True) if wanted else ())
+    return [next(grads) if need else None for need in needs]

@@ -10,6 +10,7 @@ whole dimension) a convolution's taps share one gate and their axes have size 1.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -84,6 +85,11 @@ def check_block(block: Block) -> None:
     for side in block:
         if side is not None and (isinstance(side, bool) or not isinstance(side, int) or side < 1):
             raise ValueError(f"block sides must be integers >= 1 or None (whole), got {block!r}")
+
+
+def fits_kernels(sides: Iterable[int]) -> bool:
+    """Whether the Triton kernels take blocks of these sides: powers of two >= 16."""
+    return all(side >= 16 and side & (side - 1) == 0 for side in sides)
 
 
 def expand_gates(gate: torch.Tensor, layout: GateLayout) -> torch.Tensor:

@@ -197,13 +197,17 @@ class BlockSparse:
         return self.ccol.shape[0] - 1
 
     @property
+    def block_row(self) -> torch.Tensor:
+        """``[nnz]``, dtype of ``crow``. Block row of each block, in the order of ``values``."""
+        return torch.repeat_interleave(self.crow.diff(), output_size=self.nnz)
+
+    @property
     def index(self) -> BlockIndex:
         """Where the blocks lie, as library calls want it; kept with what follows from it."""
         index = self.__dict__.get("_index")
         if index is None:
-            rows = torch.repeat_interleave(self.crow.diff(), output_size=self.nnz)
             grid = (self.block_rows, self.block_cols)
-            index = BlockIndex(rows, self.col[: self.nnz].long(), grid)
+            index = BlockIndex(self.block_row.long(), self.col[: self.nnz].long(), grid)
             object.__setattr__(self, "_index", index)
         return index
 
@@ -231,10 +235,9 @@ class BlockSparse:
         """
         (n, k), (bn, bk) = self.shape, self.block
         rows, cols = self.block_rows, self.block_cols
-        row = torch.repeat_interleave(self.crow.diff(), output_size=self.nnz)
         dense = self.values.new_zeros(rows * bn, cols * bk)
         blocks = dense.view(rows, bn, cols, bk).transpose(1, 2)
-        blocks.index_put_((row, self.col[: self.nnz].long()), self.values)
+        blocks.index_put_((self.block_row, self.col[: self.nnz].long()), self.values)
         return dense[:n, :k].contiguous()
 
     def to(

@@ -12,8 +12,7 @@ once. FLOPs: two per stored weight and output pixel; backward as many for each o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,19 +20,17 @@ import torch.nn.functional as F
 from torch._prims_common import suggest_memory_format
 from torch.utils.flop_counter import register_flop_formula
 
-from ._autocast import cast_like_autocast
+from ._autocast import cast_inputs, without_autocast
 from ._impl import resolve_impl
-from ._ops import add_op_namespace_prefix, is_watched, ops
+from ._ops import grads_with_graph, is_watched, register_op
 from ._triton import is_native
+from .activations import ACTIVATIONS, check_activation
 from .bsr import BlockSparse
+from .bsr_checks import check_agrees, check_dtype, why_no_kernel
 from .bsr_conv_product import bsr_conv_dvalues, bsr_conv_dx, bsr_conv_fwd
 from .bsr_conv_torch import bsr_conv_bwd_torch, bsr_conv_torch
-from .bsr_torch import ACTIVATIONS
 from .conv_geometry import ConvGeometry
 from .tiles import BsrTile, tile_for_bsr_conv
-
-_TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_DTYPES = (*_TRITON_DTYPES, torch.float64)
 
 
 def bsr_conv2d(
@@ -175,24 +172,16 @@ def _bsr_conv(
     name: str,
 ) -> torch.Tensor:
     """Both convolutions, on ``x [B, C, H, W]``."""
-    values, device = w.values, x.device
-    if device.type != "meta" and torch.is_autocast_enabled(device.type):
-        dtype = torch.get_autocast_dtype(device.type)
-        x, values = cast_like_autocast(x, dtype), cast_like_autocast(values, dtype)
-        bias = cast_like_autocast(bias, dtype)
+    x, values, bias = cast_inputs(x.device, x, w.values, bias)
     _check_sizes(geometry, w, x)
-    _check_agrees("w", values, x)
+    check_agrees("w", values, x)
     if bias is not None:
         if bias.shape != (geometry.out_channels,):
             raise ValueError(f"bias must be [{geometry.out_channels}], got {list(bias.shape)}")
-        _check_agrees("bias", bias, x)
-    if x.dtype not in _DTYPES:
-        raise ValueError(f"x must be one of {_DTYPES}, got {x.dtype}")
-    activation = "none" if activation is None else activation
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be None or one of {tuple(ACTIVATIONS)[1:]}, got "
-                         f"{activation!r}")  # fmt: skip
-    impl = resolve_impl(impl, device, name, _why_unsupported(x.dtype, w.block))
+        check_agrees("bias", bias, x)
+    check_dtype(x)
+    activation = check_activation(activation)
+    impl = resolve_impl(impl, x.device, name, why_no_kernel(x.dtype, w.block))
     index = (w.crow, w.col, w.ccol, w.row, w.perm, w.row_order)
     inputs = (x, values, bias)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
@@ -262,36 +251,11 @@ def _check_sizes(geometry: ConvGeometry, w: BlockSparse, x: torch.Tensor) -> Non
         )
 
 
-def _check_agrees(name: str, t: torch.Tensor, x: torch.Tensor) -> None:
-    if t.dtype != x.dtype:
-        raise ValueError(f"x and {name} must have one dtype, got x {x.dtype}, {name} {t.dtype}")
-    if t.device != x.device:
-        raise ValueError(f"x and {name} must be on one device, got x {x.device}, {name} {t.device}")
-
-
-def _why_unsupported(dtype: torch.dtype, block: tuple[int, int]) -> str | None:
-    if dtype not in _TRITON_DTYPES:
-        return f"it serves {_TRITON_DTYPES}, not {dtype}"
-    if any(side < 16 or side & (side - 1) for side in block):
-        return f"it serves block sides that are powers of two >= 16, not {block}"
-    return None
-
-
-def _memory_format(x: torch.Tensor) -> torch.memory_format:
-    """Of the result, as ``F.conv2d`` chooses it."""
-    return suggest_memory_format(x)
-
-
 def _empty(x: torch.Tensor, geometry: ConvGeometry) -> torch.Tensor:
     shape = (x.shape[0], geometry.out_channels, *geometry.out_size(x.shape[2:]))
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_memory_format(x))
-
-
-def _no_autocast(device: torch.device):
-    """The entry has cast already; further in, autocast would round the sums."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
+    return torch.empty(
+        shape, dtype=x.dtype, device=x.device, memory_format=suggest_memory_format(x)
+    )
 
 
 def _tile(
@@ -306,11 +270,6 @@ def _tile(
         geometry.in_per_group % 16 == 0 and geometry.out_per_group % 16 == 0,
         is_native(values.device),
     )  # fmt: skip
-
-
-# Registered with the parts that `torch.library.custom_op` is made of: its own checks and wrappers
-# cost as much as a small layer.
-_library = torch.library.Library(ops.name, "FRAGMENT")
 
 
 def _bsr_conv_fwd(
@@ -332,9 +291,9 @@ def _bsr_conv_fwd(
     if not x.numel():
         return _empty(x, shape)
     if impl == "torch":
-        with _no_autocast(x.device):
+        with without_autocast(x.device):
             return bsr_conv_torch(
-                x, values, crow, col, bias, shape, activation, _memory_format(x)
+                x, values, crow, col, bias, shape, activation, suggest_memory_format(x)
             )  # fmt: skip
     out = _empty(x, shape)
     pixels = out.numel() // shape.out_channels
@@ -369,12 +328,12 @@ def _bsr_conv_bwd(
     shape = ConvGeometry.unpack(geometry)
     need_dx, need_dvalues, need_dbias = needs
     # an op gives tensors: empty ones for what nobody needs
-    dx = torch.empty_like(x, memory_format=_memory_format(x)) if need_dx else x.new_empty(0)
+    dx = torch.empty_like(x, memory_format=suggest_memory_format(x)) if need_dx else x.new_empty(0)
     dvalues = torch.empty_like(values) if need_dvalues else values.new_empty(0)
     if not dout.numel():
         dvalues.zero_()
     elif impl == "torch":
-        with _no_autocast(x.device):
+        with without_autocast(x.device):
             bsr_conv_bwd_torch(
                 dout, x, values, crow, col, shape, dx if need_dx else None,
                 dvalues if need_dvalues else None,
@@ -396,7 +355,7 @@ def _bsr_conv_bwd_fake(
 ):  # fmt: skip
     need_dx, need_dvalues, need_dbias = needs
     return (
-        torch.empty_like(x, memory_format=_memory_format(x)) if need_dx else x.new_empty(0),
+        torch.empty_like(x, memory_format=suggest_memory_format(x)) if need_dx else x.new_empty(0),
         torch.empty_like(values) if need_dvalues else values.new_empty(0),
         dout.new_empty(dout.shape[1]) if need_dbias else dout.new_empty(0),
     )
@@ -443,20 +402,20 @@ def _grads(ctx, dout):
 
 def _grads_with_graph(ctx, dout, needs):
     """The same through differentiable ops, with the dense weight."""
-    x, values, crow, col, ccol, row, perm, row_order = ctx.saved_tensors
+    x, values, *index = ctx.saved_tensors
     geometry, block = ConvGeometry.unpack(ctx.static[0]), (values.shape[1], values.shape[2])
-    matrix = BlockSparse._from_validated(
-        values, crow, col, geometry.matrix_shape(block), ccol, row, perm, row_order
-    ).to_dense()
-    weight = _dense_weight(matrix, geometry, block)
-    (top, left), (bottom, right) = geometry.before, geometry.after
-    padded = F.pad(x, (left, right, top, bottom))
-    out = F.conv2d(padded, weight, None, geometry.stride, 0, geometry.dilation, geometry.groups)
-    inputs = [t for t, need in zip((x, values), needs[:2], strict=True) if need]
-    grads = iter(())
-    if inputs:
-        grads = iter(torch.autograd.grad(out, inputs, dout, create_graph=True))
-    dx, dvalues = (next(grads) if need else None for need in needs[:2])
+
+    def out() -> torch.Tensor:
+        crow, col, *derived = index
+        shape = geometry.matrix_shape(block)
+        matrix = BlockSparse._from_validated(values, crow, col, shape, *derived).to_dense()
+        weight = _dense_weight(matrix, geometry, block)
+        (top, left), (bottom, right) = geometry.before, geometry.after
+        padded = F.pad(x, (left, right, top, bottom))
+        stride, dilation, groups = geometry.stride, geometry.dilation, geometry.groups
+        return F.conv2d(padded, weight, None, stride, 0, dilation, groups)
+
+    dx, dvalues = grads_with_graph(out, (x, values), needs[:2], dout)
     return dx, dvalues, dout.sum((0, 2, 3)) if needs[2] else None
 
 
@@ -464,16 +423,8 @@ def _bsr_conv_autograd(*inputs):
     return _BsrConvOp.apply(*inputs[:3], inputs[3:9], inputs[9:])
 
 
-def _register(name: str, function: Callable, fake: Callable) -> torch._ops.OpOverload:
-    _library.define(name + torch.library.infer_schema(function, mutates_args=()))
-    _library.impl(name, function, "CompositeExplicitAutograd")
-    torch.library.register_fake(add_op_namespace_prefix(name), fake, lib=_library)
-    return getattr(ops, name).default
-
-
-_bsr_conv_op = _register("bsr_conv", _bsr_conv_fwd, _bsr_conv_fake)
-_bsr_conv_bwd_op = _register("bsr_conv_bwd", _bsr_conv_bwd, _bsr_conv_bwd_fake)
-_library.impl("bsr_conv", _bsr_conv_autograd, "Autograd")
+_bsr_conv_op = register_op("bsr_conv", _bsr_conv_fwd, _bsr_conv_fake, _bsr_conv_autograd)
+_bsr_conv_bwd_op = register_op("bsr_conv_bwd", _bsr_conv_bwd, _bsr_conv_bwd_fake)
 
 
 @register_flop_formula(_bsr_conv_op.overloadpacket)

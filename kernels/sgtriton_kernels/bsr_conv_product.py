@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import torch
 
-from ._bf16 import soft_bf16
+from ._bf16 import rounded, soft_bf16
 from ._triton import device_of, dot_precision, launch_options, tl, triton
-from .bsr_product import _activate, _rounded
+from .activations import activate
 from .conv_geometry import ConvGeometry, Pair
 from .tiles import BsrTile
 
@@ -264,7 +264,7 @@ def _out_offsets(image, line, place, offs_c, HEIGHT, WIDTH, C, CHANNELS_LAST: tl
 
 @triton.jit
 def _store(ptr, offs, y, mask, SOFT_BF16: tl.constexpr):
-    y = _rounded(y, ptr.dtype.element_ty, SOFT_BF16)
+    y = rounded(y, ptr.dtype.element_ty, SOFT_BF16)
     if SOFT_BF16:  # the CPU compiler has no code for single bf16 values: their bits
         bits_ptr = ptr.to(tl.pointer_type(tl.int16), bitcast=True)
         tl.store(bits_ptr + offs, y.to(tl.int16, bitcast=True), mask=mask)
@@ -364,7 +364,7 @@ def _bsr_conv_fwd_kernel(
     if HAS_BIAS:
         bias = tl.load(bias_ptr + offs_o, mask=mask_n, other=0.0)
         acc += bias.to(tl.float32)[None, :]
-    acc = _activate(acc, ACTIVATION)
+    acc = activate(acc, ACTIVATION)
     offs = _out_offsets(image, line, place, offs_o, HO, WO, O, CHANNELS_LAST)
     _store(out_ptr, offs, acc, mask_m[:, None] & mask_n[None, :], SOFT_BF16)
 
@@ -540,5 +540,5 @@ def _bsr_conv_dvalues_kernel(
     if SPLIT > 1:
         tl.store(dvalues_ptr + share * NNZ * (BN * BK) + offs, acc)
     else:
-        dvalues = _rounded(acc, dvalues_ptr.dtype.element_ty, SOFT_BF16)
+        dvalues = rounded(acc, dvalues_ptr.dtype.element_ty, SOFT_BF16)
         tl.store(dvalues_ptr + offs, dvalues)

@@ -13,7 +13,6 @@ FLOPs: ``2 M`` for each stored weight, in forward, for ``dx`` and for ``dW``. By
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 
@@ -21,25 +20,24 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-from ._autocast import cast_like_autocast
+from ._autocast import cast_inputs, without_autocast
 from ._impl import resolve_impl
-from ._ops import is_watched, register_op
+from ._operands import is_aligned
+from ._ops import grads_with_graph, is_watched, register_op
 from ._triton import is_native
+from .activations import ACTIVATIONS, check_activation
 from .bsr import BlockSparse
+from .bsr_checks import check_agrees, check_dtype, why_no_kernel
 from .bsr_product import (
     PairedRows,
     bsr_linear_dvalues,
     bsr_linear_dx,
     bsr_linear_fwd,
     bsr_linear_fwd_pairs,
-    is_aligned,
     pair_rows,
 )
-from .bsr_torch import ACTIVATIONS, bsr_linear_bwd_torch, bsr_linear_torch
+from .bsr_torch import bsr_linear_bwd_torch, bsr_linear_torch
 from .tiles import BsrTile, tile_for_bsr_linear
-
-_TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_DTYPES = (*_TRITON_DTYPES, torch.float64)
 
 
 def bsr_linear(
@@ -74,26 +72,18 @@ def bsr_linear(
         ValueError: shapes, dtypes or devices that do not agree; an unknown activation; ``impl``
             asks for what cannot run.
     """
-    values, device = w.values, x.device
-    if device.type != "meta" and torch.is_autocast_enabled(device.type):
-        dtype = torch.get_autocast_dtype(device.type)
-        x, values = cast_like_autocast(x, dtype), cast_like_autocast(values, dtype)
-        bias, residual = cast_like_autocast(bias, dtype), cast_like_autocast(residual, dtype)
+    x, values, bias, residual = cast_inputs(x.device, x, w.values, bias, residual)
     n, k = w.shape
     if x.dim() == 0 or x.shape[-1] != k:
         raise ValueError(f"x must be [..., {k}] for a weight of shape {w.shape}, got {_shape(x)}")
-    _check_agrees("w", values, x)
+    check_agrees("w", values, x)
     if bias is not None:
         _check_added("bias", bias, (n,), x)
     if residual is not None:
         _check_added("residual", residual, (*x.shape[:-1], n), x)
-    if x.dtype not in _DTYPES:
-        raise ValueError(f"x must be one of {_DTYPES}, got {x.dtype}")
-    activation = "none" if activation is None else activation
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be None or one of {tuple(ACTIVATIONS)[1:]}, got "
-                         f"{activation!r}")  # fmt: skip
-    impl = resolve_impl(impl, device, "bsr_linear", _why_unsupported(x.dtype, w.block))
+    check_dtype(x)
+    activation = check_activation(activation)
+    impl = resolve_impl(impl, x.device, "bsr_linear", why_no_kernel(x.dtype, w.block))
     tensors = (x, values, bias, residual)
     trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     after = "none"
@@ -125,30 +115,14 @@ def bsr_linear_ref(
     return ACTIVATIONS[activation or "none"](out).to(x.dtype)
 
 
-def _check_agrees(name: str, t: torch.Tensor, x: torch.Tensor) -> None:
-    if t.dtype != x.dtype:
-        raise ValueError(f"x and {name} must have one dtype, got x {x.dtype}, {name} {t.dtype}")
-    if t.device != x.device:
-        raise ValueError(f"x and {name} must be on one device, got x {x.device}, {name} {t.device}")
-
-
 def _check_added(name: str, t: torch.Tensor, shape: tuple[int, ...], x: torch.Tensor) -> None:
     if t.shape != shape:
         raise ValueError(f"{name} must be {list(shape)} for x {_shape(x)}, got {_shape(t)}")
-    _check_agrees(name, t, x)
+    check_agrees(name, t, x)
 
 
 def _shape(t: torch.Tensor) -> list[int]:
     return list(t.shape)
-
-
-@functools.cache
-def _why_unsupported(dtype: torch.dtype, block: tuple[int, int]) -> str | None:
-    if dtype not in _TRITON_DTYPES:
-        return f"it serves {_TRITON_DTYPES}, not {dtype}"
-    if any(side < 16 or side & (side - 1) for side in block):
-        return f"it serves block sides that are powers of two >= 16, not {block}"
-    return None
 
 
 def _forward(
@@ -205,7 +179,7 @@ def _backward(
             tile = _tile("dvalues", w, dy2, x2)
             dvalues = bsr_linear_dvalues(dy2, x2, values, w.row, w.col, w.perm, tile)
     elif need_dx or need_dvalues:
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             dx, dvalues = bsr_linear_bwd_torch(dy2, x2, values, w.index, need_dx, need_dvalues)
     return (
         dy.new_empty(0) if dx is None else torch.ops.aten._unsafe_view(dx, x.shape),
@@ -286,12 +260,10 @@ def _grads_with_graph(dy, x, values, w: BlockSparse, impl: str, needs):
     """The same on the dense weight, which can be differentiated again."""
     need_dx, need_dvalues, need_dbias, need_dresidual = needs
     index = (w.crow, w.col, w.ccol, w.row, w.perm, w.row_order)
-    weight = _container(values, index, w.shape).to_dense()
-    inputs = [t for t, need in ((x, need_dx), (values, need_dvalues)) if need]
-    grads = iter(())
-    if inputs:
-        grads = iter(torch.autograd.grad(F.linear(x, weight), inputs, dy, create_graph=True))
-    dx, dvalues = (next(grads) if need else None for need in (need_dx, need_dvalues))
+    dx, dvalues = grads_with_graph(
+        lambda: F.linear(x, _container(values, index, w.shape).to_dense()),
+        (x, values), (need_dx, need_dvalues), dy,
+    )  # fmt: skip
     dbias = dy.sum(tuple(range(dy.dim() - 1))) if need_dbias else None
     return dx, dvalues, dbias, dy if need_dresidual else None
 

@@ -43,10 +43,10 @@ def merge_blocks(
     rows = _Side("rows", w.block_rows, groups, w.block[0], block[0], shape[0])
     cols = _Side("columns", w.block_cols, taps, w.block[1], block[1], shape[1])
     nnz, device = w.nnz, w.values.device
-    row = torch.repeat_interleave(
-        torch.arange(w.block_rows, device=device), w.crow.diff(), output_size=nnz
+    (to_row, in_row), (to_col, in_col) = (
+        rows.place(w.block_row.long()),
+        cols.place(w.col[:nnz].long()),
     )
-    (to_row, in_row), (to_col, in_col) = rows.place(row), cols.place(w.col[:nnz].long())
     to = to_row * cols.merged + to_col
     taken = torch.zeros(rows.merged * cols.merged, dtype=torch.bool, device=device)
     taken[to] = True

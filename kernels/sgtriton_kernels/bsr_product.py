@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 
-from ._bf16 import round_to_bf16, soft_bf16
+from ._bf16 import rounded, soft_bf16
+from ._operands import is_aligned, row_strides
 from ._triton import device_of, dot_precision, is_native, launch_options, tl, triton
+from .activations import activate
 from .tiles import BsrTile
 
 
@@ -185,8 +187,8 @@ def bsr_linear_dvalues(
             row, col, perm,
             out,
             m, n, k,
-            *_strides(dy2),
-            *_strides(x2),
+            *row_strides(dy2),
+            *row_strides(x2),
             ALIGNED_DY=is_aligned(dy2), ALIGNED_X=is_aligned(x2),
             SOFT_BF16=soft_bf16(x2.dtype, x2.device),
             PRECISION=dot_precision(),
@@ -228,7 +230,7 @@ def _product(
         sums = torch.empty(split, m, size, dtype=torch.float32, device=x2.device)
     grid = (triton.cdiv(m, tile.BLOCK_M) * (len(starts) - 1) * parts * split,)
     even = red % (bn if transposed else bk) == 0
-    x, stored, strides = x2, values, _strides(x2)
+    x, stored, strides = x2, values, row_strides(x2)
     read = "rows" if is_aligned(x2) else "any"
     if is_native(x2.device):
         # columns are what its compiler makes vectors of, and a mask costs more than a copy
@@ -364,45 +366,6 @@ def _padded_columns(
     return out, (1, rows)
 
 
-def _strides(t: torch.Tensor) -> tuple[int, int]:
-    """Of a matrix; the one between rows is free where there is one row only."""
-    return (t.stride(0) if len(t) > 1 else t.shape[1]), t.stride(1)
-
-
-def is_aligned(t: torch.Tensor) -> bool:
-    """Whether the rows of a matrix can be read in wide pieces."""
-    between, inside = _strides(t)
-    return inside == 1 and between % 16 == 0 and t.shape[1] % 16 == 0
-
-
-@triton.jit
-def _sigmoid(y):
-    e = tl.exp(-tl.abs(y))  # never overflows
-    return tl.where(y >= 0, 1.0, e) / (1 + e)
-
-
-@triton.jit
-def _activate(y, ACTIVATION: tl.constexpr):
-    if ACTIVATION == "relu":
-        y = tl.where(y < 0, 0.0, y)  # NaN stays
-    elif ACTIVATION == "gelu":
-        y = 0.5 * y * (1 + tl.erf(y * 0.7071067811865476))
-    elif ACTIVATION == "gelu_tanh":
-        # 0.5 * (1 + tanh(u)) = sigmoid(2 u), u = sqrt(2 / pi) * (y + 0.044715 y^3)
-        y = y * _sigmoid(1.5957691216057308 * (y + 0.044715 * y * y * y))
-    elif ACTIVATION == "silu":
-        y = y * _sigmoid(y)
-    return y
-
-
-@triton.jit
-def _rounded(y, DTYPE: tl.constexpr, SOFT_BF16: tl.constexpr):
-    if SOFT_BF16:
-        return round_to_bf16(y)
-    else:
-        return y.to(DTYPE)
-
-
 @triton.jit
 def _add_and_activate(
     acc, bias_ptr, residual_ptr, offs_n, mask_n, offs, mask,
@@ -413,7 +376,7 @@ def _add_and_activate(
         acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
         acc += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    return _activate(acc, ACTIVATION)
+    return activate(acc, ACTIVATION)
 
 
 @triton.jit(do_not_specialize=["M", "OUT", "RED", "stride_xm", "stride_xr"])
@@ -588,7 +551,7 @@ def _bsr_product_kernel(
     if SPLIT > 1:
         tl.store(out_ptr + share * M * OUT + offs, acc, mask=mask)
     else:
-        out = _rounded(acc, out_ptr.dtype.element_ty, SOFT_BF16)
+        out = rounded(acc, out_ptr.dtype.element_ty, SOFT_BF16)
         tl.store(out_ptr + offs, out, mask=mask)
 
 
@@ -660,7 +623,7 @@ def _bsr_vector_kernel(
     acc = _add_and_activate(
         acc, bias_ptr, residual_ptr, offs_n, mask_n, offs, mask, HAS_BIAS, HAS_RESIDUAL, ACTIVATION
     )
-    tl.store(out_ptr + offs, _rounded(acc, out_ptr.dtype.element_ty, SOFT_BF16), mask=mask)
+    tl.store(out_ptr + offs, rounded(acc, out_ptr.dtype.element_ty, SOFT_BF16), mask=mask)
 
 
 # A kernel of its own: it starts when all sums are there.
@@ -693,7 +656,7 @@ def _bsr_add_up_kernel(
         acc, bias_ptr, residual_ptr, offs_n, mask_n, offs, mask_n, HAS_BIAS, HAS_RESIDUAL,
         ACTIVATION,
     )  # fmt: skip
-    out = _rounded(acc, out_ptr.dtype.element_ty, SOFT_BF16)
+    out = rounded(acc, out_ptr.dtype.element_ty, SOFT_BF16)
     tl.store(out_ptr + offs, out, mask=mask_n)
 
 
@@ -757,5 +720,5 @@ def _bsr_dvalues_kernel(
 
     tl.store(
         dvalues_ptr + which * (BN * BK) + offs_bn[:, None] * BK + offs_bk[None, :],
-        _rounded(acc, dvalues_ptr.dtype.element_ty, SOFT_BF16),
+        rounded(acc, dvalues_ptr.dtype.element_ty, SOFT_BF16),
     )

@@ -31,14 +31,15 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from . import gated_torch
-from ._autocast import cast_like_autocast
+from ._autocast import cast_inputs
 from ._impl import resolve_impl
-from ._ops import is_watched, register_op
+from ._operands import is_aligned
+from ._ops import grads_with_graph, is_watched, register_op
 from ._triton import is_native
-from .blocks import Block, GateLayout, expand_gates, gate_layout
+from .blocks import Block, GateLayout, expand_gates, fits_kernels, gate_layout
 from .gate import check_gates, gate_weight, gate_weight_bwd, gate_weight_fwd
 from .gate_bits import open_lists, pack_gates
-from .gated_product import fused_dw, fused_dx, fused_fwd, is_aligned, skip_dw, skip_dx, skip_fwd
+from .gated_product import fused_dw, fused_dx, fused_fwd, skip_dw, skip_dx, skip_fwd
 from .tiles import GatedTile, tile_for_gated_linear
 
 METHODS = ("multiply", "fused", "skip")
@@ -91,9 +92,7 @@ def gated_linear(
     if w.dim() != 2:
         raise ValueError(f"w must be [N, K], got {list(w.shape)}")
     device = x.device
-    if device.type != "meta" and torch.is_autocast_enabled(device.type):
-        dtype = torch.get_autocast_dtype(device.type)
-        x, bias = cast_like_autocast(x, dtype), cast_like_autocast(bias, dtype)
+    x, bias = cast_inputs(device, x, bias)
     check_gates(w, gate, layout, kind, seed, w.dtype)
     _check(x, w, bias, kind, reopen)
     unsupported = None
@@ -210,9 +209,9 @@ def _read_wide(layout: GateLayout, *operands: torch.Tensor) -> bool:
 
 def why_not_skip(layout: GateLayout) -> str | None:
     """Why the Triton kernels cannot skip blocks of ``layout``; ``None`` where they can."""
-    for side, whole in zip(layout.block, layout.weight_shape, strict=True):
-        if side < whole and (side < 16 or side & (side - 1)):
-            return f"it skips blocks whose sides are powers of two >= 16, not {layout.block}"
+    sides = zip(layout.block, layout.weight_shape, strict=True)
+    if not fits_kernels(side for side, whole in sides if side < whole):
+        return f"it skips blocks whose sides are powers of two >= 16, not {layout.block}"
     return "each weight has its own gate" if layout.per_weight else None
 
 
@@ -396,11 +395,7 @@ def _grads_with_graph(ctx, dy):
     *needs, need_dbias, _, _ = ctx.needs_input_grad
     trained = gate if reopen else torch.where(gate > 0.5, gate, gate.detach())
     gated = gate_weight(w, trained, (bn, bk), kind=kind, seed=seed, dtype=x.dtype, impl=impl)
-    inputs = [t for t, need in zip((x, w, gate), needs, strict=True) if need]
-    grads = iter(())
-    if inputs:
-        grads = iter(torch.autograd.grad(F.linear(x, gated), inputs, dy, create_graph=True))
-    dx, dw, dgate = (next(grads) if need else None for need in needs)
+    dx, dw, dgate = grads_with_graph(lambda: F.linear(x, gated), (x, w, gate), needs, dy)
     dbias = dy.sum(tuple(range(dy.dim() - 1))) if need_dbias else None
     return dx, dw, dgate, dbias, None, None
 

@@ -35,9 +35,10 @@ from __future__ import annotations
 
 import torch
 
-from ._bf16 import round_to_bf16, soft_bf16
+from ._bf16 import round_to_bf16, rounded, soft_bf16
+from ._operands import is_aligned, row_strides
 from ._triton import device_of, dot_precision, launch_options, tl, triton
-from .blocks import gate_layout, sum_blocks
+from .blocks import fits_kernels, gate_layout, sum_blocks
 from .gate_bits import OpenBlocks
 from .tiles import GatedTile
 
@@ -306,10 +307,7 @@ def _gated_product_kernel(
     if HAS_BIAS:
         bias = tl.load(bias_ptr + offs_o, mask=mask_o, other=0.0)
         acc += bias.to(tl.float32)[None, :]
-    if SOFT_BF16:
-        out = round_to_bf16(acc)
-    else:
-        out = acc.to(out_ptr.dtype.element_ty)
+    out = rounded(acc, out_ptr.dtype.element_ty, SOFT_BF16)
     tl.store(
         out_ptr + offs_m[:, None] * OUT + offs_o[None, :],
         out,
@@ -417,10 +415,7 @@ def _gated_dw_kernel(
         mask_gate = first_n < N if BN % BLOCK_N == 0 else mask_n[:, None]
         open_ = _read_bits(bits_ptr, gate_n, mask_gate, gate_k, first_k // BK, stride_b, WORDS)
         acc = tl.where(open_, acc, 0.0)
-    if SOFT_DW:
-        dw = round_to_bf16(acc)
-    else:
-        dw = acc.to(dw_ptr.dtype.element_ty)
+    dw = rounded(acc, dw_ptr.dtype.element_ty, SOFT_DW)
     tl.store(
         dw_ptr + offs_n[:, None] * K + offs_k[None, :],
         dw,
@@ -461,8 +456,8 @@ def _product(
             None if bias is None else bias.contiguous(),
             out,
             m, n, k,
-            *_strides(x2),
-            *_strides(w),
+            *row_strides(x2),
+            *row_strides(w),
             0 if bits is None else bits.shape[1], 0 if index is None else index.shape[1],
             TRANSPOSED=transposed,
             SKIP=skip,
@@ -508,9 +503,9 @@ def _dw(
             dw,
             sums,
             m, n, k,
-            *_strides(dy2),
-            *_strides(x2),
-            *_strides(w),
+            *row_strides(dy2),
+            *row_strides(x2),
+            *row_strides(w),
             bits.shape[1], shape[-1],
             NEED_DGATE=need_dgate,
             SKIP=skip,
@@ -540,7 +535,7 @@ def _sides(tile: GatedTile, block: Sides, size: Sides, skip: bool) -> tuple[Side
         max(16, triton.next_power_of_2(side)) if side >= whole else side
         for side, whole in zip(block, size, strict=True)
     )
-    assert all(side >= 16 and side & (side - 1) == 0 for side in (bn, bk)), block
+    assert fits_kernels((bn, bk)), block
     return (bn, bk), (min(sides[0], bn), min(sides[1], bk))
 
 
@@ -550,17 +545,6 @@ def _weight_left(skip: bool, transposed: bool, block_out: int) -> bool:
     A transposed weight is always the left one: mma.sync's loop does not pipeline it as the right.
     """
     return not skip or transposed or block_out >= 64
-
-
-def _strides(t: torch.Tensor) -> tuple[int, int]:
-    """Of a matrix; the one between rows is free where there is one row only."""
-    return (t.stride(0) if len(t) > 1 else t.shape[1]), t.stride(1)
-
-
-def is_aligned(t: torch.Tensor) -> bool:
-    """Whether the rows of a matrix can be read in wide pieces."""
-    between, inside = _strides(t)
-    return inside == 1 and between % 16 == 0 and t.shape[1] % 16 == 0
 
 
 def _words(side: int, tile: int) -> int:
