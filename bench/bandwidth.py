@@ -10,17 +10,17 @@ from __future__ import annotations
 import argparse
 import statistics
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from sgtriton_kernels import gate_layout, gate_weight
-from sgtriton_kernels._triton import INTERPRETED, triton, why_not_triton
+from sgtriton_kernels._triton import triton
 from sgtriton_kernels.gate import _gate_weight_bwd, tile_for_gate_weight
 
 from sgtriton.tables import format_table
 from sgtriton.timing import samples_ms
 
-from .rows import RESULTS, circumstances, write
+from . import timed
+from .rows import circumstances, write
 
 SHAPE = (4096, 4096)
 
@@ -89,18 +89,13 @@ def measure(dtype: torch.dtype, seconds: float) -> list[Row]:
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add ``bandwidth`` to the command line."""
     command = commands.add_parser("bandwidth", help="gate_weight in native code beside a copy")
-    command.add_argument("--seconds", type=float, default=10.0, help="for each dtype")
-    command.add_argument("--threads", type=int, default=2)
-    command.add_argument("--out", type=Path, default=RESULTS / "bandwidth.csv")
+    timed.add_arguments(command, "bandwidth", 10.0, "for each dtype")
     command.set_defaults(run=_run)
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    reason = why_not_triton(torch.device("cpu"))
-    if reason or INTERPRETED:
-        raise ValueError(f"native code is needed: {reason or 'Triton is interpreted here'}")
-    torch.manual_seed(0)
-    torch.set_num_threads(arguments.threads)
+    timed.require_native()
+    timed.prepare(arguments)
     rows = []
     for dtype in (torch.float32, torch.bfloat16):
         rows += measure(dtype, arguments.seconds)

@@ -12,7 +12,6 @@ import argparse
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +21,8 @@ from sgtriton_kernels.blocks import gates_to_pattern, matrix_to_weight, weight_t
 from sgtriton.tables import format_table
 from sgtriton.timing import samples_ms
 
-from .rows import RESULTS, append, circumstances
+from . import timed
+from .rows import append, circumstances
 
 # input channels, output channels, height and width, how often in VGG-16
 LAYERS = (
@@ -179,22 +179,15 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     command = commands.add_parser("conv", help="pruned convolutions beside the dense ones")
     command.add_argument("--batch", type=int, action="append", help="repeatable; default 1 and 8")
     command.add_argument("--dtype", choices=list(DTYPES), default="float32")
-    command.add_argument(
-        "--seconds", type=float, default=3.0, help="for each layer, and at least 5 turns"
-    )
-    command.add_argument("--threads", type=int, default=2)
-    command.add_argument("--out", type=Path, default=RESULTS / "conv.csv")
+    timed.add_arguments(command, "conv", 3.0, "for each layer, and at least 5 turns")
     command.set_defaults(run=_run)
 
 
 def _run(arguments: argparse.Namespace) -> int:
     batches = arguments.batch or BATCHES
-    if arguments.threads < 1 or min(batches) < 1:
-        raise ValueError(
-            f"--threads and --batch must be at least 1, got {arguments.threads} and {batches}"
-        )
-    torch.manual_seed(0)
-    torch.set_num_threads(arguments.threads)
+    if min(batches) < 1:
+        raise ValueError(f"--batch must be at least 1, got {batches}")
+    timed.prepare(arguments)
     rows = []
     arguments.out.unlink(missing_ok=True)
     for batch in batches:

@@ -25,7 +25,8 @@ from sgtriton.layers import GatedModule
 from sgtriton.tables import format_table
 from sgtriton.timing import samples_ms
 
-from .rows import RESULTS, circumstances, write
+from . import timed
+from .rows import circumstances, write
 
 CLOSED = 0.9
 BATCHES = (1, 8)
@@ -199,15 +200,12 @@ def markdown(rows: list[Row]) -> str:
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add ``models`` to the command line."""
     command = commands.add_parser("models", help="whole models from patch to serving")
-    command.add_argument("--seconds", type=float, default=10.0, help="for each model and batch")
-    command.add_argument("--threads", type=int, default=2)
-    command.add_argument("--out", type=Path, default=RESULTS / "models.csv")
+    timed.add_arguments(command, "models", 10.0, "for each model and batch")
     command.set_defaults(run=_run)
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    torch.manual_seed(0)
-    torch.set_num_threads(arguments.threads)
+    timed.prepare(arguments)
     rows = []
     for name, make in MODELS.items():
         rows += measure(name, make, 224, arguments.seconds)

@@ -9,17 +9,17 @@ from __future__ import annotations
 import argparse
 import statistics
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from sgtriton_kernels import BlockSparse, bsr_linear
-from sgtriton_kernels._triton import INTERPRETED, triton, why_not_triton
+from sgtriton_kernels._triton import triton
 
 from sgtriton.tables import format_table
 from sgtriton.timing import samples_ms
 
-from .rows import RESULTS, circumstances, write
+from . import timed
+from .rows import circumstances, write
 from .serving import pruned_layer
 
 SHAPE = (4096, 1024)  # N, K
@@ -89,18 +89,13 @@ def markdown(rows: list[Row]) -> str:
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add ``native`` to the command line."""
     command = commands.add_parser("native", help="bsr_linear's kernel in native code beside dense")
-    command.add_argument("--seconds", type=float, default=3.0, help="for each size")
-    command.add_argument("--threads", type=int, default=2)
-    command.add_argument("--out", type=Path, default=RESULTS / "native.csv")
+    timed.add_arguments(command, "native", 3.0, "for each size")
     command.set_defaults(run=_run)
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    reason = why_not_triton(torch.device("cpu"))
-    if reason or INTERPRETED:
-        raise ValueError(f"native code is needed: {reason or 'Triton is interpreted here'}")
-    torch.manual_seed(0)
-    torch.set_num_threads(arguments.threads)
+    timed.require_native()
+    timed.prepare(arguments)
     rows = [measure(m, sparsity, arguments.seconds) for m in ROWS for sparsity in SPARSITIES]
     write(arguments.out, rows)
     headers = ["M", "sparsity", "ms", "dense ms", "speed-up", "of ideal"]

@@ -17,7 +17,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +27,8 @@ import sgtriton
 from sgtriton.tables import format_table
 from sgtriton.timing import samples_ms
 
-from .rows import RESULTS, append, circumstances
+from . import timed
+from .rows import append, circumstances
 
 ROWS = (1, 16, 64, 512)
 BLOCKS = (16, 32, 64)
@@ -319,9 +319,7 @@ def table(rows: list[Row]) -> str:
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add ``serving`` to the command line."""
     command = commands.add_parser("serving", help="a pruned layer served, beside dense and peers")
-    command.add_argument("--seconds", type=float, default=0.6, help="for each cell")
-    command.add_argument("--threads", type=int, default=2)
-    command.add_argument("--out", type=Path, default=RESULTS / "serving.csv")
+    timed.add_arguments(command, "serving", 0.6, "for each cell")
     for name, choices, kind in (
         ("rows", ROWS, int), ("blocks", BLOCKS, int), ("sparsities", SPARSITIES, float),
         ("dtypes", tuple(DTYPES), str),
@@ -331,10 +329,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    if arguments.threads < 1:
-        raise ValueError(f"--threads must be at least 1, got {arguments.threads}")
-    torch.manual_seed(0)
-    torch.set_num_threads(arguments.threads)
+    timed.prepare(arguments)
     grid = itertools.product(arguments.dtypes, arguments.blocks, arguments.sparsities, SHAPES)
     rows: list[Row] = []
     arguments.out.unlink(missing_ok=True)

@@ -12,7 +12,6 @@ import argparse
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +21,8 @@ from sgtriton.layers import GatedLinear
 from sgtriton.tables import format_table
 from sgtriton.timing import samples_ms
 
-from .rows import RESULTS, circumstances, write
+from . import timed
+from .rows import circumstances, write
 
 SHAPES = ((512, 4096, 1024), (2048, 1024, 1024), (128, 1024, 4096), (128, 300, 784))
 BLOCK_SHAPE = (512, 4096, 1024)
@@ -212,19 +212,12 @@ def table(rows: list[Row]) -> str:
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add ``training`` to the command line."""
     command = commands.add_parser("training", help="a gated training step beside the dense one")
-    command.add_argument(
-        "--seconds", type=float, default=12.0, help="for each shape, and at least 11 turns"
-    )
-    command.add_argument("--threads", type=int, default=2)
-    command.add_argument("--out", type=Path, default=RESULTS / "training.csv")
+    timed.add_arguments(command, "training", 12.0, "for each shape, and at least 11 turns")
     command.set_defaults(run=_run)
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    if arguments.threads < 1:
-        raise ValueError(f"--threads must be at least 1, got {arguments.threads}")
-    torch.manual_seed(0)
-    torch.set_num_threads(arguments.threads)
+    timed.prepare(arguments)
     rows = []
     for kind, shapes in (("threshold", SHAPES), ("bernoulli", SHAPES[:1])):
         for shape in shapes:
