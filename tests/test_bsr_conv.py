@@ -1,7 +1,5 @@
 """``bsr_conv2d`` and ``bsr_conv1d``: values, gradients, refusals, compilation."""
 
-import ast
-import inspect
 import itertools
 from dataclasses import replace
 
@@ -564,37 +562,6 @@ def test_compiles_without_graph_breaks(backend, impl, device):
         (grad,) = torch.autograd.grad(out.sum(), case.w.values)
         (expected,) = torch.autograd.grad(expected.sum(), case.w.values)
         assert torch.equal(grad, expected)
-
-
-def kernel_functions():
-    tree = ast.parse(inspect.getsource(bsr_conv_product))
-    return [f for f in tree.body if isinstance(f, ast.FunctionDef) and f.name.endswith("_kernel")]
-
-
-def test_every_masked_load_has_a_fill_value():
-    loads = [
-        node
-        for function in kernel_functions()
-        for node in ast.walk(function)
-        if isinstance(node, ast.Call) and ast.unparse(node.func) == "tl.load"
-    ]
-    masked = [{k.arg for k in load.keywords} for load in loads]
-    masked = [names for names in masked if "mask" in names]
-    assert masked
-    assert all("other" in names for names in masked)
-
-
-def test_no_size_or_stride_is_specialised():
-    for function in kernel_functions():
-        (decorator,) = function.decorator_list
-        assert isinstance(decorator, ast.Call)
-        declared = ast.literal_eval(decorator.keywords[0].value)
-        sizes = [
-            arg.arg
-            for arg in function.args.args
-            if arg.annotation is None and not arg.arg.endswith("_ptr")
-        ]
-        assert declared == sizes
 
 
 def test_tiles_are_legal():

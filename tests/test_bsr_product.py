@@ -1,7 +1,5 @@
 """Products with a block-sparse weight: values in every form, hostile memory, compiled code."""
 
-import ast
-import inspect
 import itertools
 import mmap
 from dataclasses import replace
@@ -441,24 +439,6 @@ def test_few_programs_share_long_rows():
     assert split(128, 64 * 64)[0] == "x_left"
     assert split(4096, 64 * 64) == ("x_left", 1)
     assert split(8, 64 * 64) == ("vector", 1)
-
-
-def kernel_functions():
-    tree = ast.parse(inspect.getsource(bsr_product))
-    return [f for f in tree.body if isinstance(f, ast.FunctionDef) and f.name.endswith("_kernel")]
-
-
-def test_no_size_or_stride_is_specialised():
-    for function in kernel_functions():
-        (decorator,) = function.decorator_list
-        assert isinstance(decorator, ast.Call)
-        declared = ast.literal_eval(decorator.keywords[0].value)
-        sizes = [
-            arg.arg
-            for arg in function.args.args
-            if arg.annotation is None and not arg.arg.endswith("_ptr")
-        ]
-        assert declared == sizes
 
 
 def test_fp32_precision_follows_the_switch_of_pytorch(device, monkeypatch):

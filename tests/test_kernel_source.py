@@ -29,7 +29,42 @@ def test_the_check_finds_a_planted_fault():
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
 def test_masked_loads_say_what_fills_them(path):
-    assert masked_loads_without_fill(path.read_text(encoding="utf-8")) == []
+    source = path.read_text(encoding="utf-8")
+    assert masked_loads_without_fill(source) == []
+    assert "mask=" in source or "_kernel(" not in source  # there is something to look at
+
+
+def specialised_sizes(source: str) -> list[str]:
+    """Kernels whose sizes and strides are not all declared to compile once for every value."""
+    wrong = []
+    for node in ast.parse(source).body:
+        if not isinstance(node, ast.FunctionDef) or not node.name.endswith("_kernel"):
+            continue
+        for decorator in node.decorator_list:
+            declared = []
+            if isinstance(decorator, ast.Call):
+                declared = ast.literal_eval(decorator.keywords[0].value)
+            sizes = [
+                arg.arg
+                for arg in node.args.args
+                if arg.annotation is None and not arg.arg.endswith("_ptr")
+            ]
+            if declared != sizes:
+                wrong.append(node.name)
+    return wrong
+
+
+def test_the_check_finds_a_specialised_size():
+    kernel = "def _a_kernel(x_ptr, M, K, BLOCK: tl.constexpr): pass"
+    assert specialised_sizes(f"@triton.jit(do_not_specialize=['M'])\n{kernel}") == ["_a_kernel"]
+    assert specialised_sizes(f"@triton.jit\n{kernel}") == ["_a_kernel"]
+    assert specialised_sizes(f"@triton.jit(do_not_specialize=['M', 'K'])\n{kernel}") == []
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+def test_no_size_or_stride_is_specialised(path):
+    """A new batch size compiles nothing."""
+    assert specialised_sizes(path.read_text(encoding="utf-8")) == []
 
 
 def narrow_program_ids(source: str) -> list[int]:
