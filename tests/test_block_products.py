@@ -77,30 +77,6 @@ def test_double_precision_stays(way):
     torch.testing.assert_close(out, x @ dense.T, rtol=1e-13, atol=1e-12)
 
 
-@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="needs MKL")
-@pytest.mark.parametrize("side", [2, 16, 40])
-def test_one_row_takes_the_product_of_the_library(side, monkeypatch):
-    index, values, dense = place(torch.rand(12, 11) < 0.4, side, side)
-    x, bias, taken = integers(1, 11 * side), integers(12 * side), []
-    real = block_products._vector
-    monkeypatch.setattr(block_products, "_vector", lambda *a: taken.append(1) or real(*a))
-    for added in (None, bias):
-        out = multiply(x, values.transpose(1, 2), index, 12 * side, added)
-        assert_exact("out", out, x @ dense.T + (0 if added is None else added))
-    assert taken == [1, 1]
-    assert_exact("bias", bias, bias)
-    # ragged, oblong or laid out otherwise: not for the library
-    multiply(x, values.transpose(1, 2), index, 12 * side - 1)
-    multiply(x, values.transpose(1, 2).contiguous(), index, 12 * side)
-    assert taken == [1, 1]
-
-
-def test_no_warning_of_the_library_reaches_the_user(recwarn):
-    index, values, _ = place(torch.rand(12, 11) < 0.4, 16, 16)
-    multiply(integers(1, 176), values.transpose(1, 2), index, 192)
-    assert not recwarn.list
-
-
 def test_each_way_is_taken_somewhere(monkeypatch):
     """Sizes at which the lookup takes each of them; the constants behind it were measured."""
     taken = set()

@@ -19,6 +19,8 @@ from ._triton import why_not_triton
 
 IMPLS = ("triton", "torch")
 
+_VARIABLE = "SGTRITON_IMPL"
+
 _override: contextvars.ContextVar[str | None] = contextvars.ContextVar(
     "sgtriton_impl", default=None
 )
@@ -61,8 +63,8 @@ def resolve_impl(
         asked_by = "impl="
     elif (impl := _override.get()) is not None:
         asked_by = "use_impl"
-    elif impl := os.environ.get("SGTRITON_IMPL"):
-        asked_by = "SGTRITON_IMPL"
+    elif impl := _from_environment():
+        asked_by = _VARIABLE
     else:
         impl = "triton" if device.type in ("cuda", "xpu") else "torch"
         asked_by = "the device"
@@ -84,6 +86,19 @@ def resolve_impl(
 # This is the mark that torch.compiler.assume_constant_result sets; the decorator itself would
 # import the compiler, which takes longer than everything else here.
 setattr(resolve_impl, "_dynamo_marked_constant", True)  # noqa: B010
+
+
+def _from_environment() -> str | None:
+    """``SGTRITON_IMPL``.
+
+    ``os.environ.get`` raises and catches two exceptions where a variable is missing, which took a
+    fifth of a small product's call (measured: 6 of 30 us), so its dictionary is asked.
+    """
+    environ = os.environ
+    if type(environ) is not os._Environ:
+        return environ.get(_VARIABLE)
+    value = environ._data.get(environ.encodekey(_VARIABLE))  # pyright: ignore
+    return None if value is None else environ.decodevalue(value)
 
 
 def _check(impl: str, asked_by: str) -> str:

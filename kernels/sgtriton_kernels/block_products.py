@@ -12,8 +12,6 @@ cost least:
   layer is the beginning of them. For many blocks and rows of ``x``.
 - *loop*: a product for each block, straight into ``out``. For large blocks and many rows of ``x``,
   beside which a call costs little.
-- *vector*: the library's own product of a block-sparse matrix and a vector: one call, for one row
-  of ``x`` and few weights or small blocks.
 - *rows*, *columns*: one product for each block row or block column, where there are few.
 - *dense*: one product with the whole matrix, where blocks are too small to be worth gathering.
 
@@ -23,7 +21,6 @@ Memory is used again from call to call: on a CPU, fresh pages cost more than the
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections.abc import Iterator
 from functools import cached_property
 
@@ -39,7 +36,6 @@ _SUMS = 1 << 20  # elements of a band's sums where layers add to them
 _LOOP = 1 << 21  # multiply-adds of a block from which a call for each pays
 _LAYER = 110_000  # elements of the sums that a layer adds to, from which layers pay
 _BAG = 1 << 13  # longest row that the bag kernel adds up: it is compiled for each length
-_VECTOR = 250_000  # weights up to which the library's product with one row is faster
 _FEW = 8  # block rows or columns up to which one product for each is faster
 _REUSE = 8  # products per element moved, below which (and from 16 rows on) dense is faster
 _GATHERED = 1 << 20  # elements of x that backward gathers at a time
@@ -56,6 +52,8 @@ class BlockIndex:
     def __init__(self, rows: torch.Tensor, columns: torch.Tensor, grid: tuple[int, int]):
         self.rows, self.columns, self.grid = rows, columns, grid
         self._batches: dict[int, list[tuple[int, int, torch.Tensor, torch.Tensor]]] = {}
+        # values, their address, and the matrix that was made of them; see :mod:`.bsr_row`
+        self.library_matrix: tuple[torch.Tensor, int, torch.Tensor | None] | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -119,11 +117,6 @@ class BlockIndex:
             yield first, last, self.columns[begin:end], self.starts[first : last + 1] - begin
             first = last
 
-    @cached_property
-    def compressed(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """``starts`` and ``columns`` in int32, as the library's sparse matrices hold them."""
-        return self.starts.int(), self.columns.int()
-
     def sum_rows(self, blocks: torch.Tensor) -> torch.Tensor:
         """``[block rows, length]``: the sums of ``blocks [blocks, length]`` by block row."""
         return _sum_rows(blocks, self.starts, self.counting, self.rows)
@@ -156,8 +149,6 @@ def multiply(
         return out if bias is None else out.add_(bias)
     if x.shape[1] < index.grid[1] * i:
         x = F.pad(x, (0, index.grid[1] * i - x.shape[1]))
-    if m == 1 and way is None and _is_vector(weights, size == index.grid[0] * o):
-        return _vector(x, weights, index, size, bias)
     way = way or _choose(m, count, i, o, index)
     if way == "batches" and count * m * (i + o) <= _BATCH:
         return _one_batch(x, weights, index, size, bias)
@@ -188,45 +179,14 @@ def _choose(m: int, count: int, i: int, o: int, index: BlockIndex) -> str:
     return "layers" if sums >= _LAYER and sums >= _LAYER * index.longest else "batches"
 
 
-def _is_vector(weights: torch.Tensor, whole: bool) -> bool:
-    count, i, o = weights.shape
-    return (
-        i == o > 1
-        and whole
-        and (count * i * o <= _VECTOR or i < 32)
-        and weights.stride() == (i * o, 1, i)  # stored as the library reads them
-        and _HAS_LIBRARY
-        and weights.is_cpu
-    )
-
-
-_HAS_LIBRARY = torch.backends.mkl.is_available()
-_said_beta = False  # of sparse matrices; PyTorch says so once in a process
-
-
-def _vector(x, weights, index: BlockIndex, size: int, bias) -> torch.Tensor:
-    global _said_beta
-    if not _said_beta:
-        _said_beta = True
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return _vector(x, weights, index, size, bias)
-    starts, columns = index.compressed
-    values = weights.transpose(1, 2)
-    shape = (size, x.shape[1])
-    matrix = torch.sparse_bsr_tensor(starts, columns, values, shape, check_invariants=False)
-    out = torch.mm(matrix, x.T).view(1, size)
-    return out if bias is None else out.add_(bias)
-
-
 def _one_batch(x, weights, index: BlockIndex, size: int, bias) -> torch.Tensor:
     """All blocks at once. Of small products the calls are what costs, so there are few."""
     m, (count, i, o), (rows, columns) = len(x), weights.shape, index.grid
     if m == 1:
         a = x.reshape(columns, 1, i).index_select(0, index.columns)
-        out = index.sum_rows(torch.bmm(a, weights).view(count, o)).view(1, rows * o)
-        out = out if size == rows * o else out[:, :size].contiguous()
-        return out if bias is None else out.add_(bias)
+        sums = index.sum_rows(torch.bmm(a, weights).view(count, o)).view(1, rows * o)[:, :size]
+        # no view: autograd allows no writing to a function's views
+        return sums.clone() if bias is None else torch.add(sums, bias)
     x = x.reshape(m, columns, i).transpose(0, 1).reshape(columns, m * i)
     a = x.index_select(0, index.columns).view(count, m, i)
     sums = index.sum_rows(torch.bmm(a, weights).view(count, m * o))

@@ -6,6 +6,7 @@ import torch
 
 from .activations import ACTIVATIONS
 from .block_products import BlockIndex, multiply, multiply_bwd
+from .bsr_row import library_matrix, multiply_row
 
 
 def bsr_linear_torch(
@@ -18,12 +19,19 @@ def bsr_linear_torch(
     activation: str,
 ) -> torch.Tensor:
     """``act(x2 [M, K] @ W^T + bias + residual2)`` in the dtype of ``x2``, contiguous."""
-    dtype, wide = x2.dtype, torch.promote_types(x2.dtype, torch.float32)
-    if dtype != wide:
+    (m, k), dtype = x2.shape, x2.dtype
+    matrix, wide = None, dtype
+    if dtype.itemsize < 4:
+        wide = torch.float32
         x2, values = x2.to(wide), values.to(wide)
         bias = None if bias is None else bias.to(wide)
-    weights = _inside(values, index, n, x2.shape[1]).transpose(1, 2)
-    out = multiply(x2, weights, index, n, bias)
+    elif m == 1:
+        matrix = library_matrix(values, index, (n, k))
+    if matrix is None:
+        weights = _inside(values, index, n, k).transpose(1, 2)
+        out = multiply(x2, weights, index, n, bias)
+    else:
+        out = multiply_row(x2, matrix, bias, values.numel())
     if residual2 is not None:
         out += residual2
     if activation != "none":
