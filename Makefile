@@ -36,6 +36,7 @@ bench-train: $(VENV)/.test $(VENV_NATIVE)/.test
 # a pruned layer served beside the dense one and other libraries; then the kernel in native code
 bench-serve: $(VENV)/.test $(VENV)/.peers $(VENV_NATIVE)/.test
 	OMP_NUM_THREADS=2 $(VENV)/bin/python -m bench serving
+	OMP_NUM_THREADS=2 $(VENV)/bin/python -m bench overhead
 	OMP_NUM_THREADS=2 $(VENV)/bin/python -m bench conv
 	OMP_NUM_THREADS=2 $(VENV)/bin/python -m bench models
 	OMP_NUM_THREADS=2 TRITON_INTERPRET=0 PYTHONPATH=.:kernels \

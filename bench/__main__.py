@@ -12,6 +12,7 @@ from . import (
     conv,
     models,
     native,
+    overhead,
     report,
     roofline,
     serving,
@@ -27,6 +28,7 @@ def main() -> int:
     conv.add_command(commands)
     models.add_command(commands)
     native.add_command(commands)
+    overhead.add_command(commands)
     report.add_command(commands)
     compile_report.add_command(commands)
     roofline.add_command(commands)

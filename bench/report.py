@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from . import bandwidth, conv, models, native, roofline, serving, training
+from . import bandwidth, conv, models, native, overhead, roofline, serving, training
 from .accuracy import Row
 from .rows import RESULTS, read
 
@@ -55,6 +55,16 @@ bf16 the faster of bf16 and of a copy of the weight in fp32. Geometric means ove
 {shapes}, of cells whose dense time is {counted} ms or more; the ideal is 1 / density. Peers, in the
 same turns: PyTorch's BSR product, scipy's, onnxruntime's dense one (fp32 only; its threads do not
 spin between calls). Rerun: `make bench-serve`. All cells: `bench/results/serving.csv`.
+
+"""
+
+_OVERHEAD = """
+## What a call costs
+
+Microseconds of one call with next to no arithmetic (in brackets: over the dense call in its group,
+in the same turns): one row by a 64x64 weight, half of its 16x16 blocks closed; 3x3 convolution of
+32 channels on 4x4 pixels, no block closed. Forward only; {threads} threads of {cpu}, PyTorch
+{torch}, commit {commit}. Rerun: `make bench-serve`.
 
 """
 
@@ -205,6 +215,8 @@ def page() -> str:
         text += training_table(steps) + "\n"
     if cells := serving_cells():
         text += _serving(cells)
+    if calls := read(RESULTS / "overhead.csv", overhead.Row):
+        text += _OVERHEAD.format(**vars(calls[0])) + overhead.markdown(calls) + "\n"
     if convs := read(RESULTS / "conv.csv", conv.Row):
         text += _CONV.format(**vars(convs[0])) + conv.markdown(convs) + "\n"
     if whole := read(RESULTS / "models.csv", models.Row):
