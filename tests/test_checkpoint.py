@@ -192,7 +192,7 @@ def test_forms_are_chosen_anew_on_another_kind_of_device(path, dense_copy, monke
 
     # dense, the first, is the fastest
     monkeypatch.setattr(
-        planning, "interleaved_ms", lambda calls, *a, **k: [1.0, *[2.0] * 4][: len(calls)]
+        planning, "undisturbed_ms", lambda calls, *a, **k: [1.0, *[2.0] * 4][: len(calls)]
     )
     sgtriton.save(sgtriton.sparsify(mixed(), form="sparse", dense_copy=dense_copy), path)
     description, tensors = unpack(path)
@@ -1025,7 +1025,7 @@ def test_served_block_is_kept_where_forms_are_chosen_anew(path, monkeypatch):
     from sgtriton import planning
 
     monkeypatch.setattr(
-        planning, "interleaved_ms", lambda calls, *a, **k: [9.0, 9.0, 9.0, 1.0, 9.0][: len(calls)]
+        planning, "undisturbed_ms", lambda calls, *a, **k: [9.0, 9.0, 9.0, 1.0, 9.0][: len(calls)]
     )
     sgtriton.save(merged(), path)
     description, tensors = unpack(path)

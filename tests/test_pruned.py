@@ -277,7 +277,7 @@ def test_failure_while_forms_are_chosen_changes_nothing(monkeypatch):
     def fail(*args, **kwargs):
         raise ValueError("no time")
 
-    monkeypatch.setattr(planning, "interleaved_ms", fail)
+    monkeypatch.setattr(planning, "undisturbed_ms", fail)
     with pytest.raises(ValueError, match="no time"):
         sgtriton.sparsify(model, block=(1, None))
     assert_unchanged(model, before)

@@ -47,6 +47,14 @@ def test_times_are_medians_in_milliseconds(clock):
     assert times == pytest.approx([2.0, 1.0])
 
 
+def test_delays_by_other_work_do_not_decide(clock):
+    """Two thirds of the samples of one candidate were delayed: medians would take the other."""
+    delayed = clock.call("a", 9, 0.001, *(7, 0.001), *(7, 0.9) * 5, *(7, 0.001))
+    other = clock.call("b", 9, 0.002)
+    times = timing.undisturbed_ms([delayed, other], CPU, seconds=0.0)
+    assert times == pytest.approx([1.0, 2.0])
+
+
 def test_first_call_is_not_measured(clock):
     """It compiles and allocates."""
     call = clock.call("x", 30.0, 0.004)

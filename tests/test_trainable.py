@@ -230,7 +230,7 @@ def test_forms_are_timed_with_their_backward_pass(monkeypatch):
                 call()
         return [1.0, 0.5][: len(candidates)]
 
-    monkeypatch.setattr(planning, "interleaved_ms", times)
+    monkeypatch.setattr(planning, "undisturbed_ms", times)
     model = sgtriton.sparsify(gated(lambda: nn.Linear(64, 64), (4, 4)), trainable=True)
     assert model[0].form == "sparse"
     assert len(seen) == 2 * sum(map(len, planning._ROWS.values()))
