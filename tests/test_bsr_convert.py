@@ -257,8 +257,7 @@ def test_dense_and_back_take_no_loop_over_blocks(device):
         matrix = BlockSparse.from_dense(w, (4, 4), is_open)
         made = calls(lambda w=w, is_open=is_open: BlockSparse.from_dense(w, (4, 4), is_open))
         counts.append((made, calls(matrix.to_dense)))
-        assert made["aten::nonzero"] == 1
-        assert made["aten::bincount"] == 0
+        assert sum(made[name] for name in WAITS) == 1
         assert not any(counts[-1][1][name] for name in WAITS)
     assert counts[0] == counts[1]
 

@@ -11,6 +11,7 @@ from sgtriton_kernels.blocks import (
     weight_to_matrix,
 )
 from sgtriton_kernels.bsr_merge import merge_blocks
+from test_bsr_convert import WAITS, calls
 
 # matrix, block, merged block: whole, ragged, one side only, one block for all rows or columns
 CASES = [
@@ -97,6 +98,15 @@ def test_gradients_reach_the_stored_blocks():
     (merge_blocks(leaf, (8, 4)).to_dense() * factor).sum().backward()
     expected = BlockSparse.from_dense(factor, (4, 2), BlockSparse.to_dense(w)[::4, ::2] != 0)
     assert_exact("gradient", values.grad, expected.values)
+
+
+def test_no_loop_over_blocks_and_one_wait():
+    counts = []
+    for size in (32, 64):
+        w = BlockSparse.from_dense(torch.ones(size, size), (4, 4))
+        counts.append(calls(lambda w=w: merge_blocks(w, (16, 8))))
+    assert counts[0] == counts[1]
+    assert sum(counts[0][name] for name in WAITS) == 1
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,8 @@
     W[r*bn:(r+1)*bn, c*bk:(c+1)*bk] = values[i]    for crow[r] <= i < crow[r+1], c = col[i]
 
 A block index is an address to a kernel, so an index that someone hands over is checked when a
-matrix is made; only one that this package listed itself, from gates, is taken as it is. Blocks at a
-ragged edge are stored whole; what lies outside the matrix is never used.
+matrix is made; only one that this package listed itself is taken as it is. Blocks at a ragged edge
+are stored whole; what lies outside the matrix is never used.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class BlockSparse:
                 f"{values.dtype} {values.layout} {tuple(values.shape)}"
             )
         nnz, *block = values.shape
-        shape, block = _checked_sizes(self.shape, block)
+        shape, block = checked_sizes(self.shape, block)
         for name, index in (("crow", self.crow), ("col", self.col)):
             if index.device != values.device:
                 raise ValueError(
@@ -95,6 +95,8 @@ class BlockSparse:
     ) -> BlockSparse:
         """Take the open blocks of a dense matrix.
 
+        Waits for the device once, for the number of open blocks: memory for them must be allocated.
+
         Args:
             weight: ``[N, K]`` floating point.
             block: ``(bn, bk)``, from 1 to the matrix's sizes; need not divide them.
@@ -112,7 +114,7 @@ class BlockSparse:
                 "weight must be a floating-point [N, K] tensor, got "
                 f"{weight.dtype} {tuple(weight.shape)}"
             )
-        shape, (bn, bk) = _checked_sizes(weight.shape, block)
+        shape, (bn, bk) = checked_sizes(weight.shape, block)
         rows, cols = _grid(shape, (bn, bk))
         weight = pad_to_blocks(weight.detach(), (bn, bk))
         if open is None:
@@ -122,10 +124,8 @@ class BlockSparse:
             raise ValueError(
                 f"open must be bool of shape {(rows, cols)}, got {open.dtype} {tuple(open.shape)}"
             )
-        open = open.to(weight.device)
-        row, col = open.nonzero(as_tuple=True)
-        crow = F.pad(open.sum(1).cumsum(0), (1, 0))
-        return cls.from_parts(take_blocks(weight, row, col, (bn, bk)), crow, col, shape)
+        row, col = open.to(weight.device).nonzero(as_tuple=True)
+        return cls._from_list(take_blocks(weight, row, col, (bn, bk)), row, col, shape)
 
     @classmethod
     def from_parts(
@@ -142,10 +142,29 @@ class BlockSparse:
         return cls(values, crow, F.pad(col, (0, 1)), tuple(shape))  # pyright: ignore
 
     @classmethod
+    def _from_list(
+        cls, values: torch.Tensor, row: torch.Tensor, col: torch.Tensor, shape: tuple[int, int]
+    ) -> BlockSparse:
+        """Wrap blocks that this package listed, as ``nonzero`` does; no wait for a device.
+
+        Args:
+            values: ``[nnz, bn, bk]``, contiguous, in the order of the list.
+            row, col: ``[nnz]`` int64, row by row. Block row and column of each block.
+            shape: ``(N, K)``.
+
+        Raises:
+            ValueError: more blocks than an index can count.
+        """
+        _check_count(len(row))
+        rows, _ = _grid(shape, (values.shape[1], values.shape[2]))
+        crow = torch.searchsorted(row.contiguous(), torch.arange(rows + 1, device=row.device))
+        return cls._from_own_index(values, crow.int(), F.pad(col.int(), (0, 1)), shape)
+
+    @classmethod
     def _from_own_index(
         cls, values: torch.Tensor, crow: torch.Tensor, col: torch.Tensor, shape: tuple[int, int]
     ) -> BlockSparse:
-        """Wrap blocks whose index this package listed from gates: no check, no wait for a device.
+        """Wrap blocks whose index this package made itself: no check, no wait for a device.
 
         Args:
             values: ``[nnz, bn, bk]``, contiguous.
@@ -287,8 +306,7 @@ def validate_index(
     """
     _check_index_array("crow", crow)
     _check_index_array("col", col)
-    if not 0 <= nnz < 2**31 - 1:
-        raise ValueError(f"the number of blocks must be below 2**31 - 1, got {nnz}")
+    _check_count(nnz)
     if len(crow) != block_rows + 1:
         raise ValueError(
             f"crow must have block rows + 1 = {block_rows + 1} entries, got {len(crow)}"
@@ -317,6 +335,21 @@ def validate_index(
             f"col must rise strictly within a block row, got {int(col[wrong])} then "
             f"{int(col[wrong + 1])} at blocks {wrong} and {wrong + 1}"
         )
+
+
+def checked_sizes(
+    shape: Sequence[int], block: Sequence[int]
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """``(N, K)`` and ``(bn, bk)``; ``ValueError`` unless they are ints that fit each other."""
+    for name, sizes in (("shape", shape), ("block", block)):
+        if len(sizes) != 2 or any(not isinstance(s, int) or isinstance(s, bool) for s in sizes):
+            raise ValueError(f"{name} must be two ints, got {sizes!r}")
+    (n, k), (bn, bk) = shape, block
+    if n < 1 or k < 1:
+        raise ValueError(f"shape must be at least (1, 1), got {(n, k)}")
+    if not (1 <= bn <= n and 1 <= bk <= k):
+        raise ValueError(f"block sides must lie in 1 to {n} and 1 to {k}, got {(bn, bk)}")
+    return (n, k), (bn, bk)
 
 
 def pad_to_blocks(weight: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
@@ -376,27 +409,17 @@ def _first(wrong: torch.Tensor) -> int | None:
     return int(wrong.int().argmax()) if wrong.any() else None
 
 
+def _check_count(nnz: int) -> None:
+    if not 0 <= nnz < 2**31 - 1:
+        raise ValueError(f"the number of blocks must be below 2**31 - 1, got {nnz}")
+
+
 def _check_index_array(name: str, index: torch.Tensor) -> None:
     if index.dim() != 1 or index.layout != torch.strided or index.dtype not in _INDEX_DTYPES:
         raise ValueError(
             f"{name} must be a 1-d int32 or int64 tensor, got "
             f"{index.dtype} {index.layout} {tuple(index.shape)}"
         )
-
-
-def _checked_sizes(
-    shape: Sequence[int], block: Sequence[int]
-) -> tuple[tuple[int, int], tuple[int, int]]:
-    """``(N, K)`` and ``(bn, bk)`` as Python ints that fit each other."""
-    for name, sizes in (("shape", shape), ("block", block)):
-        if len(sizes) != 2 or any(not isinstance(s, int) or isinstance(s, bool) for s in sizes):
-            raise ValueError(f"{name} must be two ints, got {sizes!r}")
-    (n, k), (bn, bk) = shape, block
-    if n < 1 or k < 1:
-        raise ValueError(f"shape must be at least (1, 1), got {(n, k)}")
-    if not (1 <= bn <= n and 1 <= bk <= k):
-        raise ValueError(f"block sides must lie in 1 to {n} and 1 to {k}, got {(bn, bk)}")
-    return (n, k), (bn, bk)
 
 
 def _grid(shape: tuple[int, int], block: tuple[int, int]) -> tuple[int, int]:

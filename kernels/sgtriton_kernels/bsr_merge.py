@@ -7,9 +7,8 @@ weights, stored with some of the zeros between them.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
-from .bsr import BlockSparse
+from .bsr import BlockSparse, checked_sizes
 
 
 def merge_blocks(
@@ -21,6 +20,8 @@ def merge_blocks(
     shape: tuple[int, int] | None = None,
 ) -> BlockSparse:
     """Store a matrix in larger blocks, each made of whole blocks of ``w``.
+
+    Waits for the device once, for the number of merged blocks: memory for them must be allocated.
 
     Args:
         w: the matrix.
@@ -42,25 +43,19 @@ def merge_blocks(
     shape = shape or w.shape
     rows = _Side("rows", w.block_rows, groups, w.block[0], block[0], shape[0])
     cols = _Side("columns", w.block_cols, taps, w.block[1], block[1], shape[1])
-    nnz, device = w.nnz, w.values.device
-    (to_row, in_row), (to_col, in_col) = (
-        rows.place(w.block_row.long()),
-        cols.place(w.col[:nnz].long()),
-    )
-    to = to_row * cols.merged + to_col
-    taken = torch.zeros(rows.merged * cols.merged, dtype=torch.bool, device=device)
-    taken[to] = True
-    index = taken.cumsum(0) - 1
-    (kept,) = taken.nonzero(as_tuple=True)
+    shape, block = checked_sizes(shape, block)
+    to_row, in_row = rows.place(w.block_row.long())
+    to_col, in_col = cols.place(w.col[: w.nnz].long())
+    taken = torch.zeros(rows.merged, cols.merged, dtype=torch.bool, device=w.values.device)
+    taken[to_row, to_col] = True
+    index = taken.view(-1).cumsum(0).view_as(taken) - 1
+    row, col = taken.nonzero(as_tuple=True)
     (m, bn), (n, bk) = (rows.whole, w.block[0]), (cols.whole, w.block[1])
-    values = w.values.new_zeros(len(kept), m, n, bn, bk)
-    values = values.index_put((index[to], in_row, in_col), w.values)
-    values = values.transpose(2, 3).reshape(len(kept), m * bn, n * bk)
+    values = w.values.new_zeros(len(row), m, bn, n, bk)
+    values.transpose(2, 3).index_put_((index[to_row, to_col], in_row, in_col), w.values)
     # a block that covers all of a group or tap ends where the weights do
-    values = values[:, : block[0], : block[1]].contiguous()
-    counts = taken.view(rows.merged, cols.merged).sum(1)
-    crow = F.pad(counts.cumsum(0), (1, 0))
-    return BlockSparse.from_parts(values, crow, kept % cols.merged, shape)
+    values = values.view(len(row), m * bn, n * bk)[:, : block[0], : block[1]].contiguous()
+    return BlockSparse._from_list(values, row, col, shape)
 
 
 class _Side:
