@@ -164,4 +164,4 @@ def stored_part(name: str, layer: nn.Module) -> StoredWeight:
         return layer.stored
     assert isinstance(layer, GatedModule)
     check_numbers(name, layer)
-    return StoredWeight.from_gated(layer.eval_weight(), layer.open_gates(), layer.layout)
+    return StoredWeight.from_gated(layer.weight, layer.gate, layer.layout, layer.gate_kind)

@@ -11,17 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from sgtriton_kernels import BlockSparse, GateLayout, coverage, gate_layout
+from sgtriton_kernels import BlockSparse, GateLayout, coverage, gate_layout, gate_weight
 from sgtriton_kernels.bitmap import compress, expand, unpack_bitmap
-from sgtriton_kernels.blocks import (
-    Block,
-    gates_to_pattern,
-    matrix_shape,
-    matrix_to_weight,
-    pattern_to_gates,
-    weight_to_matrix,
-)
+from sgtriton_kernels.blocks import Block, matrix_shape, matrix_to_weight, pattern_to_gates
+from sgtriton_kernels.bsr_convert import convert_gated
 from sgtriton_kernels.bsr_merge import merge_blocks
+from sgtriton_kernels.kinds import open_gates
 
 
 @dataclass(frozen=True)
@@ -42,21 +37,28 @@ class StoredWeight:
 
     @classmethod
     def from_gated(
-        cls, weight: torch.Tensor, is_open: torch.Tensor, layout: GateLayout
+        cls,
+        weight: torch.Tensor,
+        gate: torch.Tensor,
+        layout: GateLayout,
+        kind: str = "threshold",
     ) -> StoredWeight:
-        """Take the open part of a dense weight.
+        """Take the open part of a gated weight, times its gates as eval reads them.
 
         Args:
-            weight: ``layout.weight_shape``; only its open part is read.
-            is_open: ``layout.gate_shape`` bool.
+            weight: ``layout.weight_shape``; only its open part matters.
+            gate: ``layout.gate_shape`` fp32, or bool: which gates are open.
+            layout: how the gates lie over the weight.
+            kind: of the gates.
         """
         weight = weight.detach()
-        if layout.per_weight:
-            bits, kept = compress(weight, is_open)
-            return cls(layout, bits=bits, kept=kept)
-        pattern = gates_to_pattern(is_open, layout)
-        matrix = weight_to_matrix(weight, layout)
-        return cls(layout, BlockSparse.from_dense(matrix, layout.block, pattern))
+        if not layout.per_weight:
+            return cls(layout, convert_gated(weight, gate.float(), layout, kind))
+        if kind == "hard_concrete":  # other kinds are 0 or 1
+            block, groups = layout.block, layout.groups
+            weight = gate_weight(weight, gate.detach(), block, groups=groups, kind=kind)
+        bits, kept = compress(weight, open_gates(gate, kind))
+        return cls(layout, bits=bits, kept=kept)
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, torch.Tensor], layout: GateLayout) -> StoredWeight:
@@ -126,18 +128,14 @@ class StoredWeight:
             raise ValueError("weights that have a gate each are not stored in blocks")
         layout = self.layout
         wide = gate_layout(layout.weight_shape, block, layout.groups)
-        if len(layout.weight_shape) == 2:
-            return StoredWeight(wide, merge_blocks(self.matrix, wide.block))
-        return StoredWeight(
-            wide,
-            merge_blocks(
-                self.matrix,
-                wide.block,
-                groups=layout.groups,
-                taps=layout.taps,
-                shape=matrix_shape(wide),
-            ),
+        matrix = merge_blocks(
+            self.matrix,
+            wide.block,
+            groups=layout.groups,
+            taps=layout.taps,
+            shape=matrix_shape(wide),
         )
+        return StoredWeight(wide, matrix)
 
     @property
     def open_gates(self) -> torch.Tensor:

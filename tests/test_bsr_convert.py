@@ -8,7 +8,7 @@ from cards import CARDS, compile_for
 from helpers import DTYPES, assert_exact, assert_within_twice, integers, layouts, poisoned
 from sgtriton_kernels import BlockSparse, gate_weight
 from sgtriton_kernels._triton import INTERPRETED, why_not_triton
-from sgtriton_kernels.blocks import expand_gates, gate_layout
+from sgtriton_kernels.blocks import expand_gates, gate_layout, gates_to_pattern, weight_to_matrix
 from sgtriton_kernels.bsr import validate_index
 from sgtriton_kernels.bsr_convert import (
     ConvertTile,
@@ -55,20 +55,21 @@ def gates_of(is_open: torch.Tensor, kind: str) -> torch.Tensor:
     return torch.where(~is_open & (spread < 0.3), float("nan"), gate)
 
 
-def spoiled(w: torch.Tensor, is_open: torch.Tensor, block) -> torch.Tensor:
+def spoiled(w: torch.Tensor, is_open: torch.Tensor, block, groups: int = 1) -> torch.Tensor:
     """``w`` with NaN and inf where it is closed, and NaN around it."""
-    covered = expand_gates(is_open, gate_layout(tuple(w.shape), block))
+    covered = expand_gates(is_open, gate_layout(tuple(w.shape), block, groups))
     wrong = torch.where(torch.rand(w.shape) < 0.5, float("nan"), float("inf"))
     return poisoned(torch.where(covered, w, wrong.to(w.dtype)))
 
 
-def multiplied_first(w, gate, block, kind) -> BlockSparse:
+def multiplied_first(w, gate, block, kind, groups=1, impl="torch") -> BlockSparse:
     """The same without this op: the whole weight is multiplied, then open blocks are stored."""
-    is_open = open_gates(gate, kind)
+    layout = gate_layout(tuple(w.shape), block, groups)
+    pattern = gates_to_pattern(open_gates(gate, kind), layout)
     gate = gate.nan_to_num(-9.0)  # closed in every kind
     kind = "threshold" if kind == "bernoulli" else kind  # so does eval read it
-    gated = gate_weight(w, gate, block, kind=kind, impl="torch")
-    return BlockSparse.from_dense(gated, block, is_open)
+    gated = gate_weight(w, gate, block, groups=groups, kind=kind, impl=impl)
+    return BlockSparse.from_dense(weight_to_matrix(gated, layout), layout.block, pattern)
 
 
 def assert_same(name: str, out: BlockSparse, expected: BlockSparse, fields=FIELDS) -> None:
@@ -99,6 +100,40 @@ def test_same_bits_as_multiplying_first(shape, block, dtype, device, impl):
         assert_same(name, out, multiplied_first(w, gate, block, kind))
 
 
+# weight, block, groups: whole, ragged per group and tap, taps that share gates, one tap
+CONVOLUTIONS = [
+    ((32, 16, 2, 3), (16, 16), 1),
+    ((14, 5, 3), (4, 2), 2),
+    ((10, 6, 2, 2), (3, None), 1),
+    ((6, 4, 2, 1), (None, 3), 2),
+    ((12, 7, 1, 1), (4, 4), 3),
+    ((5, 3, 3), (1, 1), 1),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("shape", "block", "groups"), CONVOLUTIONS, ids=str)
+def test_convolutions_have_the_bits_of_eval(shape, block, groups, dtype, device, impl):
+    layout = gate_layout(shape, block, groups)
+    for kind, share in (("threshold", 0.4), ("bernoulli", 0), ("hard_concrete", 0.6)):
+        is_open = torch.rand(layout.gate_shape) < share
+        gate = gates_of(is_open, kind).to(device)
+        w = spoiled(torch.randn(shape).to(dtype), is_open, block, groups).to(device)
+        out = gated_to_bsr(w, gate, block, groups=groups, kind=kind, impl=impl)
+        w = w.nan_to_num(0, 0, 0)  # what is closed
+        assert out.block == layout.block
+        assert_same(kind, out, multiplied_first(w, gate, block, kind, groups, impl))
+
+
+def test_order_of_a_convolutions_gates_changes_no_bit(device):
+    """A gate's place in memory changes how sigmoid rounds: it is read where eval reads it."""
+    w, block, kind = torch.ones(6, 6, 15, device=device), (2, 3), "hard_concrete"
+    for _ in range(30):
+        gate = torch.randn(3, 2, 15, device=device)
+        out = gated_to_bsr(w, gate, block, kind=kind, impl="torch")
+        assert_same("ones", out, multiplied_first(w, gate, block, kind))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("shape", "block"), [CASES[1], CASES[3], CASES[4]], ids=str)
 def test_products_are_within_twice_pytorchs_error(shape, block, dtype, device, impl):
@@ -127,6 +162,14 @@ def test_reference_goes_gate_by_gate(shape, block, kind, device, impl):
     w = integers(*shape, device=device)
     out = gated_to_bsr(w, gate, block, kind=kind, impl=impl)
     assert_same("reference", out, gated_to_bsr_ref(w, gate, block, kind))
+
+
+@pytest.mark.parametrize(("shape", "block", "groups"), CONVOLUTIONS, ids=str)
+def test_reference_of_a_convolution(shape, block, groups, device, impl):
+    gate = torch.rand(gate_layout(shape, block, groups).gate_shape, device=device)
+    w = integers(*shape, device=device)
+    out = gated_to_bsr(w, gate, block, groups=groups, impl=impl)
+    assert_same("reference", out, gated_to_bsr_ref(w, gate, block, groups=groups))
 
 
 @pytest.mark.parametrize("kind", ["threshold", "bernoulli", "hard_concrete"])
@@ -265,8 +308,9 @@ def test_dense_and_back_take_no_loop_over_blocks(device):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"w": torch.ones(4)}, r"w must be \[N, K\] with at least one weight, got \(4,\)"),
-        ({"w": torch.ones(0, 4)}, r"at least one weight, got \(0, 4\)"),
+        ({"w": torch.ones(4)}, r"has at least 2 dimensions, got shape \(4,\)"),
+        ({"w": torch.ones(0, 4)}, r"w must hold at least one weight, got \(0, 4\)"),
+        ({"groups": 3}, "groups must divide the 4 output channels, got 3"),
         ({"w": torch.ones(4, 4, dtype=torch.int32)}, "w must be one of .* got torch.int32"),
         ({"w": torch.ones(4, 4, device="meta")}, "must hold data, got meta"),
         ({"gate": torch.ones(2, 3)}, r"gate of a weight .* shape \(2, 2\), got \(2, 3\)"),

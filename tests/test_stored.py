@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from helpers import DTYPES, assert_exact
-from sgtriton_kernels import coverage, expand_gates, gate_layout
+from sgtriton_kernels import coverage, expand_gates, gate_layout, gate_weight, use_impl
 from sgtriton_kernels.blocks import (
     gates_to_pattern,
     matrix_shape,
@@ -13,6 +13,7 @@ from sgtriton_kernels.blocks import (
     pattern_to_gates,
     weight_to_matrix,
 )
+from sgtriton_kernels.kinds import open_gates
 
 from sgtriton.stored import StoredWeight, served_block
 
@@ -122,6 +123,23 @@ def test_open_part_comes_back_as_the_masked_weight(shape, block, groups, share, 
         assert dense.is_contiguous()
         assert_exact(f"{name} gates", part.open_gates, is_open)
     assert_exact("the weight given", weight, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["threshold", "bernoulli", "hard_concrete"])
+@pytest.mark.parametrize(("shape", "block", "groups"), CASES)
+def test_stored_weight_has_the_bits_of_the_gated_one(
+    shape, block, groups, kind, dtype, device, impl
+):
+    layout = gate_layout(shape, block, groups)
+    weight, gate = torch.randn(shape, device=device).to(dtype), torch.rand(layout.gate_shape)
+    gate = (6 * gate - 5 if kind == "hard_concrete" else gate).to(device)
+    with use_impl(impl):
+        stored = StoredWeight.from_gated(weight, gate, layout, kind)
+        read = "threshold" if kind == "bernoulli" else kind  # so does eval
+        gated = gate_weight(weight, gate, block, groups=groups, kind=read)
+    assert_exact("weight", stored.to_dense(), gated)
+    assert_exact("gates", stored.open_gates, open_gates(gate, kind))
 
 
 @pytest.mark.parametrize(("shape", "block", "groups"), CASES)

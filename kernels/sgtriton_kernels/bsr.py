@@ -365,13 +365,14 @@ def take_blocks(
     """Copy blocks of a dense matrix, in library calls.
 
     Args:
-        weight: ``[N, K]``, from :func:`pad_to_blocks`.
+        weight: ``[N, K]``.
         row, col: ``[nnz]`` int64. Which blocks.
         block: ``(bn, bk)``.
 
     Returns:
-        ``[nnz, bn, bk]``, contiguous.
+        ``[nnz, bn, bk]``, contiguous, zero beyond a ragged edge.
     """
+    weight = pad_to_blocks(weight, block)
     (n, k), (bn, bk) = weight.shape, block
     if not weight.is_contiguous():
         blocks = weight.view(n // bn, bn, k // bk, bk).transpose(1, 2)

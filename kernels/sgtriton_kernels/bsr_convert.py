@@ -11,6 +11,7 @@ weights are written.
 
 Bytes moved per weight of ``w`` bytes, a share ``d`` open, ``b`` weights a gate: ``2 d w + 8 / b``,
 and some ten integers a block for the index. Multiplying first and storing then moves ``2 w`` more.
+A convolution's weight and gates are first laid out as the matrix that is stored, one copy of each.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ import torch.nn.functional as F
 from ._bf16 import round_to_bf16, soft_bf16
 from ._impl import resolve_impl
 from ._triton import device_of, is_native, tl, triton
-from .blocks import Block, GateLayout, gate_layout
-from .bsr import BlockSparse, pad_to_blocks, take_blocks
+from .blocks import Block, GateLayout, gate_layout, gates_to_pattern, weight_to_matrix
+from .bsr import BlockSparse, take_blocks
 from .gate import check_gates
 from .kinds import check_gate_kind, eval_gates, hard_concrete, is_open, open_gates
 
@@ -51,6 +52,7 @@ def gated_to_bsr(
     gate: torch.Tensor,
     block: Block,
     *,
+    groups: int = 1,
     kind: str = "threshold",
     impl: str | None = None,
     tile: ConvertTile | None = None,
@@ -60,52 +62,67 @@ def gated_to_bsr(
     Waits for the device once, for the number of open blocks: memory for them must be allocated.
 
     Args:
-        w: ``[N, K]`` fp32 | fp16 | bf16 (fp64 in the ``torch`` implementation), any strides.
-            Weight; what closed blocks hold does not matter.
-        gate: ``[R, C]`` fp32, shape as :func:`.gate_layout` gives it for ``block``, any strides.
-            Gates; NaN is closed.
+        w: ``[N, K]`` or ``[O, I / groups, *taps]`` fp32 | fp16 | bf16 (fp64 in the ``torch``
+            implementation), any strides. Weight; what closed blocks hold does not matter.
+        gate: fp32, shape as :func:`.gate_layout` gives it for ``block``, any strides. Gates; NaN is
+            closed.
         block: ``(bn, bk)`` weights that one gate covers; ``None`` is the whole dimension.
+        groups: of the convolution that the weight belongs to.
         kind: ``"threshold"`` | ``"bernoulli"`` | ``"hard_concrete"``.
         impl: ``"triton"`` | ``"torch"``; chosen by the device if ``None``.
         tile: what one program of the Triton kernels covers; default: by block and device.
 
     Returns:
-        Matrix with values of its own in the dtype of ``w``, detached, zero beyond a ragged edge.
+        Matrix with values of its own in the dtype of ``w``, detached, zero beyond a ragged edge;
+        of a convolution as :func:`.weight_to_matrix` lays it out.
 
     Raises:
-        ValueError: shapes, dtypes, devices, block or kind that do not fit.
+        ValueError: shapes, dtypes, devices, block, groups or kind that do not fit.
     """
-    if w.dim() != 2 or not w.numel():
-        raise ValueError(f"w must be [N, K] with at least one weight, got {tuple(w.shape)}")
+    return convert_gated(w, gate, gate_layout(tuple(w.shape), block, groups), kind, impl, tile)
+
+
+def convert_gated(
+    w: torch.Tensor,
+    gate: torch.Tensor,
+    layout: GateLayout,
+    kind: str = "threshold",
+    impl: str | None = None,
+    tile: ConvertTile | None = None,
+) -> BlockSparse:
+    """Do what :func:`gated_to_bsr` does, for gates that lie over the weight as ``layout`` says."""
+    assert tuple(w.shape) == layout.weight_shape
+    if not w.numel():
+        raise ValueError(f"w must hold at least one weight, got {tuple(w.shape)}")
     if w.device.type == "meta":
         raise ValueError("w and gate must hold data, got meta tensors")
-    layout = gate_layout(tuple(w.shape), block)
     check_gate_kind(kind)
     # eval draws nothing: no kind needs a seed
     check_gates(w, gate, layout, "threshold", None, w.dtype)
-    if gate.numel() >= 2**31 - 1:
-        raise ValueError(f"the number of gates must be below 2**31 - 1, got {gate.numel()}")
+    blocks = gate.numel() // layout.gate_taps * layout.taps
+    if blocks >= 2**31 - 1:
+        raise ValueError(f"the number of blocks must be below 2**31 - 1, got {blocks}")
     unsupported = "fp64 is for the torch implementation" if w.dtype == torch.float64 else None
     impl = resolve_impl(impl, w.device, "gated_to_bsr", unsupported)
-    # contiguous: sigmoid rounds otherwise where gates lie otherwise
-    w, gate = w.detach(), gate.detach().contiguous()
+    w, gate = w.detach(), gate.detach()
     if impl == "torch":
         return _gated_to_bsr_torch(w, gate, layout, kind)
-    tile = tile or tile_for_gated_to_bsr(layout, w.device)
-    return _gated_to_bsr(w, gate, layout, kind, tile)
+    return _gated_to_bsr(w, gate, layout, kind, tile or tile_for_gated_to_bsr(layout, w.device))
 
 
 def gated_to_bsr_ref(
-    w: torch.Tensor, gate: torch.Tensor, block: Block, kind: str = "threshold"
+    w: torch.Tensor, gate: torch.Tensor, block: Block, kind: str = "threshold", groups: int = 1
 ) -> BlockSparse:
     """What :func:`gated_to_bsr` computes, gate by gate."""
-    layout = gate_layout(tuple(w.shape), block)
-    (bn, bk), z = layout.block, eval_gates(gate.detach(), kind)
+    layout = gate_layout(tuple(w.shape), block, groups)
+    is_open, z = open_gates(gate, kind), eval_gates(gate.detach(), kind)
+    is_open, z = (gates_to_pattern(t, layout) for t in (is_open, z))
+    w, (bn, bk) = weight_to_matrix(w.detach(), layout), layout.block
     values, col, crow = [], [], [0]
-    for r, row in enumerate(open_gates(gate, kind).tolist()):
+    for r, row in enumerate(is_open.tolist()):
         for c, opened in enumerate(row):
             if opened:
-                part = w.detach()[r * bn : (r + 1) * bn, c * bk : (c + 1) * bk]
+                part = w[r * bn : (r + 1) * bn, c * bk : (c + 1) * bk]
                 values.append(w.new_zeros(bn, bk))
                 values[-1][: part.shape[0], : part.shape[1]] = part.double() * z[r, c].double()
                 col.append(c)
@@ -201,6 +218,7 @@ def _gated_to_bsr(
     w: torch.Tensor, gate: torch.Tensor, layout: GateLayout, kind: str, tile: ConvertTile
 ) -> BlockSparse:
     """Launch both kernels; between them the wait for the number of blocks."""
+    w, gate = weight_to_matrix(w, layout), gates_to_pattern(gate, layout).contiguous()
     counts = _count_open(gate, kind, tile)
     starts = F.pad(counts.view(-1).cumsum(0, dtype=torch.int32), (1, 0))
     crow = starts[:: counts.shape[1]].contiguous()
@@ -235,7 +253,7 @@ def _copy_open(
     tile: ConvertTile,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``[nnz, bn, bk]`` values and ``[nnz + 1]`` int32 columns, the last of them 0."""
-    (n, k), (bn, bk), (rows, cols) = w.shape, layout.block, layout.gate_shape
+    (n, k), (bn, bk), (rows, cols) = w.shape, layout.block, gate.shape
     values = torch.empty(nnz, bn, bk, dtype=w.dtype, device=w.device)
     col = torch.zeros(nnz + 1, dtype=torch.int32, device=w.device)
     if not nnz:
@@ -264,7 +282,7 @@ def tile_for_gated_to_bsr(layout: GateLayout, device: torch.device) -> ConvertTi
     unrolls the tile.
     """
     size = 64 if is_native(device) else 2048
-    (bn, bk), gates = layout.block, layout.gate_shape[1]
+    (bn, bk), gates = layout.block, layout.gate_shape[1] * layout.taps
     cols = min(triton.next_power_of_2(bk), size)
     rows = min(triton.next_power_of_2(bn), size // cols)
     gates = min(triton.next_power_of_2(gates), size // (rows * cols))
@@ -275,12 +293,11 @@ def tile_for_gated_to_bsr(layout: GateLayout, device: torch.device) -> ConvertTi
 def _gated_to_bsr_torch(
     w: torch.Tensor, gate: torch.Tensor, layout: GateLayout, kind: str
 ) -> BlockSparse:
-    opened = open_gates(gate, kind)
-    row, col = opened.nonzero(as_tuple=True)
-    values = take_blocks(pad_to_blocks(w, layout.block), row, col, layout.block)
+    row, col = gates_to_pattern(open_gates(gate, kind), layout).nonzero(as_tuple=True)
+    w = weight_to_matrix(w, layout)
+    values = take_blocks(w, row, col, layout.block)
     if kind == "hard_concrete":
-        z = eval_gates(gate, kind)[row, col][:, None, None]
-        values = (values * z).to(w.dtype)  # of fp32 or wider, rounded once
-    crow = F.pad(opened.sum(1).cumsum(0, dtype=torch.int32), (1, 0))
-    col = F.pad(col.int(), (0, 1))
-    return BlockSparse._from_own_index(values, crow, col, (w.shape[0], w.shape[1]))
+        # as `gate_weight` reads them: sigmoid rounds otherwise where gates lie otherwise
+        z = gates_to_pattern(eval_gates(gate.contiguous(), kind), layout)
+        values = (values * z[row, col][:, None, None]).to(w.dtype)  # fp32 or wider, rounded once
+    return BlockSparse._from_list(values, row, col, (w.shape[0], w.shape[1]))
