@@ -10,8 +10,9 @@ import copy
 from collections.abc import Mapping
 
 import torch
-from sgtriton_kernels import gate_layout, sum_blocks
+from sgtriton_kernels import gate_layout
 from sgtriton_kernels.blocks import Block
+from sgtriton_kernels.bsr import nonzero_blocks
 from torch import nn
 from torch.nn.utils import prune
 
@@ -58,7 +59,7 @@ def find_pruned(
         if weight.device.type == "meta":
             raise ValueError(f"{name or 'the model'}: weights must hold data, got a meta tensor")
         layout = gate_layout(tuple(weight.shape), block, getattr(layer, "groups", 1))
-        is_open = sum_blocks((weight != 0).float(), layout) > 0
+        is_open = nonzero_blocks(weight, layout)
         if is_open.all():
             left[name] = layer
         else:
@@ -103,13 +104,13 @@ def why_left_dense(layer: nn.Module) -> str | None:
 def zero_shares(layer: nn.Module, block: Block) -> str:
     """Which share of a layer's weights, and of some blocks of them, is all 0: in words."""
     weight = permanent_weight(layer)
-    nonzero = (weight != 0).float()
-    shares = []
+    shares = [f"{(weight == 0).float().mean():.2%} of its weights are 0"]
     for name, sides in _SHOWN_BLOCKS.items():
         layout = gate_layout(tuple(weight.shape), sides, getattr(layer, "groups", 1))
         if sides != block and not layout.per_weight:
-            shares.append(f"{(sum_blocks(nonzero, layout) == 0).float().mean():.2%} of its {name}")
-    return ", ".join([f"{1 - nonzero.mean().item():.2%} of its weights are 0", *shares])
+            zero = ~nonzero_blocks(weight, layout)
+            shares.append(f"{zero.float().mean():.2%} of its {name}")
+    return ", ".join(shares)
 
 
 def nothing_pruned(left: Mapping[str, nn.Module], block: Block) -> str:

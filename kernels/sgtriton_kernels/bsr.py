@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from .block_products import BlockIndex
+from .blocks import GateLayout, gate_layout, sum_blocks
 
 _INDEX_DTYPES = (torch.int32, torch.int64)
 
@@ -114,18 +115,17 @@ class BlockSparse:
                 "weight must be a floating-point [N, K] tensor, got "
                 f"{weight.dtype} {tuple(weight.shape)}"
             )
-        shape, (bn, bk) = checked_sizes(weight.shape, block)
-        rows, cols = _grid(shape, (bn, bk))
-        weight = pad_to_blocks(weight.detach(), (bn, bk))
+        shape, block = checked_sizes(weight.shape, block)
+        weight, layout = weight.detach(), gate_layout(shape, block)
         if open is None:
-            blocks = (weight != 0).view(rows, bn, cols, bk)
-            open = blocks.any(3).any(1)
-        elif open.shape != (rows, cols) or open.dtype != torch.bool:
+            open = nonzero_blocks(weight, layout)
+        elif open.shape != layout.gate_shape or open.dtype != torch.bool:
             raise ValueError(
-                f"open must be bool of shape {(rows, cols)}, got {open.dtype} {tuple(open.shape)}"
+                f"open must be bool of shape {layout.gate_shape}, got {open.dtype} "
+                f"{tuple(open.shape)}"
             )
         row, col = open.to(weight.device).nonzero(as_tuple=True)
-        return cls._from_list(take_blocks(weight, row, col, (bn, bk)), row, col, shape)
+        return cls._from_list(take_blocks(weight, row, col, block), row, col, shape)
 
     @classmethod
     def from_parts(
@@ -352,11 +352,9 @@ def checked_sizes(
     return (n, k), (bn, bk)
 
 
-def pad_to_blocks(weight: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
-    """``[N, K]`` with zeros beyond a ragged edge; ``weight`` itself where blocks divide it."""
-    (n, k), (bn, bk) = weight.shape, block
-    pad = (0, -k % bk, 0, -n % bn)
-    return F.pad(weight, pad) if any(pad) else weight
+def nonzero_blocks(weight: torch.Tensor, layout: GateLayout) -> torch.Tensor:
+    """Which blocks of a weight hold a value other than 0, NaN too: ``layout.gate_shape`` bool."""
+    return sum_blocks((weight != 0).float(), layout) > 0
 
 
 def take_blocks(
@@ -372,8 +370,10 @@ def take_blocks(
     Returns:
         ``[nnz, bn, bk]``, contiguous, zero beyond a ragged edge.
     """
-    weight = pad_to_blocks(weight, block)
-    (n, k), (bn, bk) = weight.shape, block
+    bn, bk = block
+    pad = (0, -weight.shape[1] % bk, 0, -weight.shape[0] % bn)
+    weight = F.pad(weight, pad) if any(pad) else weight
+    n, k = weight.shape
     if not weight.is_contiguous():
         blocks = weight.view(n // bn, bn, k // bk, bk).transpose(1, 2)
         return blocks[row, col].contiguous()
