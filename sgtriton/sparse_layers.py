@@ -311,8 +311,8 @@ class SparseModule(nn.Module):
         kept = kind == (self.values.dtype, self.values.device.type)
         if not all(_same_or_meta(old, self._buffers[name]) for name, old in before.items()):
             # to_empty(): what the memory held is no index, and an index is an address to a kernel
-            weight = torch.zeros(self.weight_shape, dtype=self.values.dtype)
-            nothing = torch.zeros(self.layout.gate_shape, dtype=torch.bool)
+            weight = self.values.new_zeros(self.weight_shape)
+            nothing = weight.new_zeros(self.layout.gate_shape, dtype=torch.bool)
             empty = StoredWeight.from_gated(weight, nothing, self.layout)
             self.store(stored_like(empty, self.values))
             self.prepare()
