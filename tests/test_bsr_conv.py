@@ -1,6 +1,8 @@
 """``bsr_conv2d`` and ``bsr_conv1d``: values, gradients, refusals, compilation."""
 
+import copy
 import itertools
+import pickle
 from dataclasses import replace
 
 import pytest
@@ -374,6 +376,46 @@ def test_torch_implementation_works_in_bounded_pieces(device, monkeypatch):
         assert_exact("grad", grad, expected)
 
 
+@pytest.mark.parametrize("dense", [False, True])
+def test_what_is_kept_with_a_container_fits_every_call(dense, device, monkeypatch):
+    monkeypatch.setattr(bsr_conv_torch, "_is_dense_faster", lambda *_: dense)
+    case = Case(device=device)
+    wide = Case((40, 48), groups=2, device=device)
+    for options in ({}, {"padding": 1}, {"padding": (1, 0), "stride": 2}, {}):
+        case.options |= {"padding": 0, "stride": 1} | options
+        assert_exact(str(options), case.out("torch"), case.torch_out())
+        assert_exact("groups", wide.out("torch"), wide.torch_out())
+    case.w.values[case.inside] *= -1  # as an optimizer does
+    case.dense.neg_()
+    assert_exact("written to", case.out("torch"), case.torch_out())
+    again = pickle.loads(pickle.dumps(case.w))
+    for name, w in {"pickled": again, "copied": copy.deepcopy(case.w), "moved": case.w.to(device),
+                    "cast": case.w.to(dtype=torch.float64)}.items():  # fmt: skip
+        assert "_conv_blocks" not in vars(w)
+        x, bias = case.x.to(w.values.dtype), case.bias.to(w.values.dtype)
+        out = bsr_conv2d(x, w, bias, impl="torch", **case.options, **case.sizes)
+        assert_exact(name, out, case.torch_out())
+
+
+def test_container_that_fits_another_layer_is_refused_after_it_served_one(device):
+    case = Case((16, 16), (1, 2), device=device)
+    case.out("torch")
+    for change in ({"kernel_size": (2, 2)}, {"out_channels": 32}, {"groups": 2}):
+        with pytest.raises(ValueError, match="w must be"):
+            bsr_conv2d(case.x, case.w, None, impl="torch", **case.sizes | change)
+    with pytest.raises(ValueError, match="x must be large enough"):
+        bsr_conv2d(case.x[..., :1], case.w, None, impl="torch", **case.sizes)
+
+
+def test_numbers_are_checked_whatever_was_called_before(device):
+    case = Case(device=device)
+    for right in (1, (1, 1), [1, 1]):
+        case.out("torch", dilation=right)
+    for wrong in (True, 1.0, (True, True), (1, 1.0), [1.0, 1]):
+        with pytest.raises(ValueError, match="dilation must be an int or 2 ints >= 1"):
+            case.out("torch", dilation=wrong)
+
+
 def test_dense_layer_is_taken_where_it_is_faster(device, monkeypatch):
     monkeypatch.undo()
 
@@ -381,8 +423,8 @@ def test_dense_layer_is_taken_where_it_is_faster(device, monkeypatch):
         case = Case(channels, (3, 3), size, 1, block, share=share, padding=1, device=device)
         geometry = ConvGeometry(*channels, (3, 3), (1, 1), (1, 1), (1, 1))
         w = case.w
-        blocks = bsr_conv_torch._Blocks(w.values, w.crow, w.col, geometry)
-        return bsr_conv_torch._is_dense_faster(blocks, case.x, (1, channels[1], *size))
+        blocks = bsr_conv_torch.ConvBlocks(w.crow, w.col, w.block, geometry)
+        return bsr_conv_torch._is_dense_faster(blocks, case.x, size)
 
     assert not taken((32, 32), (128, 128), (56, 56), 0.1)
     assert taken((32, 32), (128, 128), (56, 56), 1.0)

@@ -11,6 +11,7 @@ once. FLOPs: two per stored weight and output pixel; backward as many for each o
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -28,7 +29,7 @@ from .activations import ACTIVATIONS, check_activation
 from .bsr import BlockSparse
 from .bsr_checks import check_agrees, check_dtype, why_no_kernel
 from .bsr_conv_product import bsr_conv_dvalues, bsr_conv_dx, bsr_conv_fwd
-from .bsr_conv_torch import bsr_conv_bwd_torch, bsr_conv_torch
+from .bsr_conv_torch import ConvBlocks, bsr_conv_bwd_torch, bsr_conv_torch, result_format
 from .conv_geometry import ConvGeometry
 from .tiles import BsrTile, tile_for_bsr_conv
 
@@ -79,14 +80,10 @@ def bsr_conv2d(
     """
     if x.dim() not in (3, 4):
         raise ValueError(f"x must be [B, C, H, W] or [C, H, W], got {list(x.shape)}")
-    sizes = {"kernel_size": kernel_size, "stride": stride, "dilation": dilation}
-    taps, steps, apart = (_numbers(name, size, 2, 1) for name, size in sizes.items())
-    before, after = _padding(padding, taps, steps, apart)
-    batched = x if x.dim() == 4 else x.unsqueeze(0)
-    geometry = ConvGeometry(
-        batched.shape[1], out_channels, _pair(taps), _pair(steps), _pair(before), _pair(after),
-        _pair(apart), groups,
+    geometry = _geometry(
+        x.shape[-3], out_channels, kernel_size, stride, padding, dilation, groups, 2
     )  # fmt: skip
+    batched = x if x.dim() == 4 else x.unsqueeze(0)
     out = _bsr_conv(batched, w, bias, geometry, activation, impl, tile, "bsr_conv2d")
     return out if x.dim() == 4 else out.squeeze(0)
 
@@ -116,14 +113,10 @@ def bsr_conv1d(
     """
     if x.dim() not in (2, 3):
         raise ValueError(f"x must be [B, C, L] or [C, L], got {list(x.shape)}")
-    sizes = {"kernel_size": kernel_size, "stride": stride, "dilation": dilation}
-    taps, steps, apart = (_numbers(name, size, 1, 1) for name, size in sizes.items())
-    before, after = _padding(padding, taps, steps, apart)
-    batched = (x if x.dim() == 3 else x.unsqueeze(0)).unsqueeze(2)
-    geometry = ConvGeometry(
-        batched.shape[1], out_channels, (1, *taps), (1, *steps), (0, *before), (0, *after),
-        (1, *apart), groups,
+    geometry = _geometry(
+        x.shape[-2], out_channels, kernel_size, stride, padding, dilation, groups, 1
     )  # fmt: skip
+    batched = (x if x.dim() == 3 else x.unsqueeze(0)).unsqueeze(2)
     out = _bsr_conv(batched, w, bias, geometry, activation, impl, tile, "bsr_conv1d").squeeze(2)
     return out if x.dim() == 3 else out.squeeze(0)
 
@@ -143,8 +136,7 @@ def bsr_conv2d_ref(
 ) -> torch.Tensor:
     """What :func:`bsr_conv2d` computes, in plain PyTorch with the dense weight."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    taps = _numbers("kernel_size", kernel_size, 2, 1)
-    geometry = ConvGeometry(x.shape[-3], out_channels, _pair(taps), groups=groups)
+    geometry = _geometry(x.shape[-3], out_channels, kernel_size, 1, 0, 1, groups, 2)
     weight = _dense_weight(w.to_dense(), geometry, w.block).to(wide)
     bias = None if bias is None else bias.to(wide)
     out = F.conv2d(x.to(wide), weight, bias, stride, padding, dilation, groups)  # pyright: ignore
@@ -182,23 +174,71 @@ def _bsr_conv(
     check_dtype(x)
     activation = check_activation(activation)
     impl = resolve_impl(impl, x.device, name, why_no_kernel(x.dtype, w.block))
-    index = (w.crow, w.col, w.ccol, w.row, w.perm, w.row_order)
     inputs = (x, values, bias)
-    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    needs_grad = torch.is_grad_enabled() and (
+        x.requires_grad or values.requires_grad or (bias is not None and bias.requires_grad)
+    )
     # backward takes what is added up, not what the activation makes of it
     fused = "none" if needs_grad else activation
-    static = (geometry.pack(), fused, impl, None if tile is None else tile.pack())
+    packed = None if tile is None else tile.pack()
     if is_watched(*inputs):
-        out = _bsr_conv_op(*inputs, *index, *static)
+        index = (w.crow, w.col, w.ccol, w.row, w.perm, w.row_order)
+        out = _bsr_conv_op(*inputs, *index, geometry.pack(), fused, impl, packed)
     elif needs_grad:
-        out = _BsrConv.apply(*inputs, index, static)
+        out = _BsrConv.apply(*inputs, w, (geometry, fused, impl, packed))
     else:
-        out = _bsr_conv_fwd(*inputs, *index, *static)
+        out = _forward(*inputs, w, geometry, fused, impl, packed)
     return out if fused == activation else ACTIVATIONS[activation](out)
+
+
+def _geometry(
+    channels: int,
+    out_channels: int,
+    kernel_size: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: int,
+    axes: int,
+) -> ConvGeometry:
+    """The geometry that a call's arguments ask for."""
+    for name, size in (("groups", groups), ("out_channels", out_channels)):
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise ValueError(f"{name} must be an int >= 1, got {size!r}")
+    taps = _numbers("kernel_size", kernel_size, axes, 1)
+    steps = _numbers("stride", stride, axes, 1)
+    apart = _numbers("dilation", dilation, axes, 1)
+    if isinstance(padding, str):
+        before, after = _named_padding(padding, taps, steps, apart)
+    else:
+        before = after = _numbers("padding", padding, axes, 0)
+    # sizes that a tracer follows are no keys
+    traced = torch.compiler.is_compiling() or type(channels) is not int
+    make = _made_geometry if traced else _kept_geometry
+    return make(channels, out_channels, taps, steps, before, after, apart, groups)
+
+
+def _made_geometry(
+    channels: int, out_channels: int, taps: tuple[int, ...], steps: tuple[int, ...],
+    before: tuple[int, ...], after: tuple[int, ...], apart: tuple[int, ...], groups: int,
+) -> ConvGeometry:  # fmt: skip
+    """With a vertical axis of one line where there is none."""
+    kernel, stride, dilation = (_pair(t, 1) for t in (taps, steps, apart))
+    padding = _pair(before, 0), _pair(after, 0)
+    return ConvGeometry(channels, out_channels, kernel, stride, *padding, dilation, groups)
+
+
+_kept_geometry = functools.lru_cache(maxsize=1024)(_made_geometry)
 
 
 def _numbers(name: str, given: Any, count: int, least: int) -> tuple[int, ...]:
     """``given`` as ``count`` ints; one stands for all of them."""
+    if type(given) is int and given >= least:
+        return (given,) * count
+    if type(given) is tuple and len(given) == count == 2:
+        first, second = given
+        if type(first) is type(second) is int and first >= least <= second:
+            return given
     found = tuple(given) if isinstance(given, Sequence) else (given,)
     if len(found) == 1:
         found *= count
@@ -209,18 +249,14 @@ def _numbers(name: str, given: Any, count: int, least: int) -> tuple[int, ...]:
     return found
 
 
-def _pair(numbers: tuple[int, ...]) -> tuple[int, int]:
-    first, second = numbers
-    return first, second
+def _pair(numbers: tuple[int, ...], vertical: int) -> tuple[int, int]:
+    return numbers if len(numbers) == 2 else (vertical, numbers[0])
 
 
-def _padding(
-    padding: Any, taps: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]
+def _named_padding(
+    padding: str, taps: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Zeros before and after the image, along each axis."""
-    if not isinstance(padding, str):
-        numbers = _numbers("padding", padding, len(taps), 0)
-        return numbers, numbers
     if padding not in ("same", "valid"):
         raise ValueError(f"padding must be ints, 'same' or 'valid', got {padding!r}")
     if padding == "same" and max(stride) > 1:
@@ -231,10 +267,15 @@ def _padding(
 
 
 def _check_sizes(geometry: ConvGeometry, w: BlockSparse, x: torch.Tensor) -> None:
+    _, _, height, width = x.shape
+    if min(geometry.out_size((height, width))) < 1:
+        raise ValueError(
+            f"x must be large enough for one output, got {list(x.shape)} for a kernel of "
+            f"{geometry.kernel}, dilation {geometry.dilation}, padding {geometry.before}"
+        )
+    if not torch.compiler.is_compiling() and _kept_blocks(w, geometry) is not None:
+        return  # it was found to fit
     groups, channels, out = geometry.groups, geometry.in_channels, geometry.out_channels
-    for name, size in (("groups", groups), ("out_channels", out)):
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-            raise ValueError(f"{name} must be an int >= 1, got {size!r}")
     if channels % groups or out % groups:
         raise ValueError(f"groups must divide the {channels} channels of x and the {out} output "
                          f"channels, got {groups}")  # fmt: skip
@@ -244,18 +285,13 @@ def _check_sizes(geometry: ConvGeometry, w: BlockSparse, x: torch.Tensor) -> Non
             f"{geometry.kernel[0]}x{geometry.kernel[1]} taps, {groups} groups and blocks of "
             f"{w.block}, got {w.shape}"
         )
-    if min(geometry.out_size(x.shape[2:])) < 1:
-        raise ValueError(
-            f"x must be large enough for one output, got {list(x.shape)} for a kernel of "
-            f"{geometry.kernel}, dilation {geometry.dilation}, padding {geometry.before}"
-        )
 
 
-def _empty(x: torch.Tensor, geometry: ConvGeometry) -> torch.Tensor:
+def _empty(
+    x: torch.Tensor, geometry: ConvGeometry, memory_format: torch.memory_format
+) -> torch.Tensor:
     shape = (x.shape[0], geometry.out_channels, *geometry.out_size(x.shape[2:]))
-    return torch.empty(
-        shape, dtype=x.dtype, device=x.device, memory_format=suggest_memory_format(x)
-    )
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
 
 
 def _tile(
@@ -270,6 +306,166 @@ def _tile(
         geometry.in_per_group % 16 == 0 and geometry.out_per_group % 16 == 0,
         is_native(values.device),
     )  # fmt: skip
+
+
+def _forward(
+    x: torch.Tensor,
+    values: torch.Tensor,
+    bias: torch.Tensor | None,
+    w: BlockSparse,
+    geometry: ConvGeometry,
+    activation: str,
+    impl: str,
+    tile: Sequence[int] | None,
+) -> torch.Tensor:
+    """Compute the convolution; of ``w`` only shape and index are read."""
+    values = values.contiguous()
+    if not x.numel():
+        return _empty(x, geometry, result_format(x))
+    if impl == "triton":
+        out = _empty(x, geometry, result_format(x))
+        chosen = _tile("fwd", tile, geometry, values, out.numel() // geometry.out_channels)
+        bsr_conv_fwd(
+            x, values, w.crow, w.col, w.row_order, bias, geometry, activation, out, chosen
+        )  # fmt: skip
+        return out
+    blocks = _blocks(w, geometry)
+    if torch.is_autocast_enabled(x.device.type):
+        # the entry has cast already; in here autocast would round the sums
+        with torch.autocast(x.device.type, enabled=False):
+            return bsr_conv_torch(x, values, blocks, bias, activation)
+    return bsr_conv_torch(x, values, blocks, bias, activation)
+
+
+def _backward(
+    dout: torch.Tensor,
+    x: torch.Tensor,
+    values: torch.Tensor,
+    w: BlockSparse,
+    geometry: ConvGeometry,
+    impl: str,
+    tile: Sequence[int] | None,
+    needs: Sequence[bool],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of ``x``, the values and the bias; empty ones where nobody needs them."""
+    values = values.contiguous()
+    need_dx, need_dvalues, need_dbias = needs
+    dx = dvalues = None
+    if not dout.numel():
+        dx, dvalues = (
+            torch.empty_like(x, memory_format=result_format(x)),
+            values.new_zeros(values.shape),
+        )
+    elif impl == "triton":
+        if need_dx:
+            dx = torch.empty_like(x, memory_format=result_format(x))
+            chosen = _tile("dx", tile, geometry, values, x.numel() // geometry.in_channels)
+            bsr_conv_dx(dout, values, w.col, w.row, w.perm, geometry, dx, chosen)
+        if need_dvalues:
+            dvalues = torch.empty_like(values)
+            chosen = _tile("dvalues", tile, geometry, values, dout.numel() // geometry.out_channels)
+            bsr_conv_dvalues(dout, x, w.row, w.col, w.perm, geometry, dvalues, chosen)
+    elif need_dx or need_dvalues:
+        with without_autocast(x.device):
+            dx, dvalues = bsr_conv_bwd_torch(
+                dout, x, values, _blocks(w, geometry), need_dx, need_dvalues
+            )  # fmt: skip
+    return (
+        dx if need_dx and dx is not None else x.new_empty(0),
+        dvalues if need_dvalues and dvalues is not None else values.new_empty(0),
+        dout.sum((0, 2, 3)) if need_dbias else dout.new_empty(0),
+    )
+
+
+def _blocks(w: BlockSparse, geometry: ConvGeometry) -> ConvBlocks:
+    """What follows from pattern and geometry, as it is kept with the container, or made now."""
+    blocks = _kept_blocks(w, geometry)
+    if blocks is None:
+        blocks = ConvBlocks(w.crow, w.col, w.block, geometry)
+        object.__setattr__(w, "_conv_blocks", blocks)
+    return blocks
+
+
+def _kept_blocks(w: BlockSparse, geometry: ConvGeometry) -> ConvBlocks | None:
+    """The last that :func:`_blocks` made for ``w``, whose index does not change, if it fits."""
+    blocks = w.__dict__.get("_conv_blocks")
+    if blocks is None or (blocks.geometry is not geometry and blocks.geometry != geometry):
+        return None
+    return blocks
+
+
+def _container(
+    values: torch.Tensor, index: Sequence[torch.Tensor], geometry: ConvGeometry
+) -> BlockSparse:
+    crow, col, *derived = index
+    shape = geometry.matrix_shape((values.shape[1], values.shape[2]))
+    return BlockSparse._from_validated(values, crow, col, shape, *derived)
+
+
+class _BsrConv(torch.autograd.Function):
+    """The function behind the op, where nobody looks at ops."""
+
+    @staticmethod
+    def forward(ctx, x, values, bias, w, static):
+        ctx.save_for_backward(x, values)
+        ctx.w, ctx.static = w, static
+        return _forward(x, values, bias, w, *static)
+
+    @staticmethod
+    def backward(ctx, dout):
+        x, values = ctx.saved_tensors
+        geometry, _, impl, tile = ctx.static
+        return (
+            *_grads(dout, x, values, ctx.w, geometry, impl, tile, ctx.needs_input_grad),
+            None,
+            None,
+        )
+
+
+class _BsrConvOp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, values, bias, index, static):
+        with torch._C._AutoDispatchBelowAutograd():
+            out = _bsr_conv_op(x, values, bias, *index, *static)
+        ctx.save_for_backward(x, values, *index)
+        ctx.static = static
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        x, values, *index = ctx.saved_tensors
+        packed, _, impl, tile = ctx.static
+        geometry = ConvGeometry.unpack(packed)
+        w = _container(values, index, geometry)
+        return *_grads(dout, x, values, w, geometry, impl, tile, ctx.needs_input_grad), None, None
+
+
+def _grads(dout, x, values, w: BlockSparse, geometry: ConvGeometry, impl: str, tile, needs):
+    """Of ``x``, the values and the bias; ``None`` where nobody needs them."""
+    needs = needs[:3]
+    index = (w.crow, w.col, w.ccol, w.row, w.perm, w.row_order)
+    if torch.is_grad_enabled():
+        return _grads_with_graph(dout, x, values, index, geometry, needs)
+    if is_watched(dout, x, values):
+        grads = _bsr_conv_bwd_op(dout, x, values, *index, geometry.pack(), impl, tile, needs)
+    else:
+        grads = _backward(dout, x, values, w, geometry, impl, tile, needs)
+    return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
+
+
+def _grads_with_graph(dout, x, values, index, geometry: ConvGeometry, needs):
+    """The same through differentiable ops, with the dense weight."""
+
+    def out() -> torch.Tensor:
+        w = _container(values, index, geometry)
+        weight = _dense_weight(w.to_dense(), geometry, w.block)
+        (top, left), (bottom, right) = geometry.before, geometry.after
+        padded = F.pad(x, (left, right, top, bottom))
+        stride, dilation, groups = geometry.stride, geometry.dilation, geometry.groups
+        return F.conv2d(padded, weight, None, stride, 0, dilation, groups)
+
+    dx, dvalues = grads_with_graph(out, (x, values), needs[:2], dout)
+    return dx, dvalues, dout.sum((0, 2, 3)) if needs[2] else None
 
 
 def _bsr_conv_fwd(
@@ -288,26 +484,14 @@ def _bsr_conv_fwd(
     tile: Sequence[int] | None,
 ) -> torch.Tensor:
     shape = ConvGeometry.unpack(geometry)
-    if not x.numel():
-        return _empty(x, shape)
-    if impl == "torch":
-        with without_autocast(x.device):
-            return bsr_conv_torch(
-                x, values, crow, col, bias, shape, activation, suggest_memory_format(x)
-            )  # fmt: skip
-    out = _empty(x, shape)
-    pixels = out.numel() // shape.out_channels
-    bsr_conv_fwd(
-        x, values.contiguous(), crow, col, row_order, bias, shape, activation, out,
-        _tile("fwd", tile, shape, values, pixels),
-    )  # fmt: skip
-    return out
+    w = _container(values, (crow, col, ccol, row, perm, row_order), shape)
+    return _forward(x, values, bias, w, shape, activation, impl, tile)
 
 
 def _bsr_conv_fake(
     x, values, bias, crow, col, ccol, row, perm, row_order, geometry, activation, impl, tile
 ):  # fmt: skip
-    return _empty(x, ConvGeometry.unpack(geometry))
+    return _empty(x, ConvGeometry.unpack(geometry), suggest_memory_format(x))
 
 
 def _bsr_conv_bwd(
@@ -326,28 +510,8 @@ def _bsr_conv_bwd(
     needs: Sequence[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     shape = ConvGeometry.unpack(geometry)
-    need_dx, need_dvalues, need_dbias = needs
-    # an op gives tensors: empty ones for what nobody needs
-    dx = torch.empty_like(x, memory_format=suggest_memory_format(x)) if need_dx else x.new_empty(0)
-    dvalues = torch.empty_like(values) if need_dvalues else values.new_empty(0)
-    if not dout.numel():
-        dvalues.zero_()
-    elif impl == "torch":
-        with without_autocast(x.device):
-            bsr_conv_bwd_torch(
-                dout, x, values, crow, col, shape, dx if need_dx else None,
-                dvalues if need_dvalues else None,
-            )  # fmt: skip
-    else:
-        pixels = dout.numel() // shape.out_channels
-        if need_dx:
-            chosen = _tile("dx", tile, shape, values, x.numel() // shape.in_channels)
-            bsr_conv_dx(dout, values.contiguous(), col, row, perm, shape, dx, chosen)
-        if need_dvalues:
-            chosen = _tile("dvalues", tile, shape, values, pixels)
-            bsr_conv_dvalues(dout, x, row, col, perm, shape, dvalues, chosen)
-    dbias = dout.sum((0, 2, 3)) if need_dbias else dout.new_empty(0)
-    return dx, dvalues, dbias
+    w = _container(values, (crow, col, ccol, row, perm, row_order), shape)
+    return _backward(dout, x, values, w, shape, impl, tile, needs)
 
 
 def _bsr_conv_bwd_fake(
@@ -356,67 +520,9 @@ def _bsr_conv_bwd_fake(
     need_dx, need_dvalues, need_dbias = needs
     return (
         torch.empty_like(x, memory_format=suggest_memory_format(x)) if need_dx else x.new_empty(0),
-        torch.empty_like(values) if need_dvalues else values.new_empty(0),
+        values.new_empty(values.shape if need_dvalues else (0,)),
         dout.new_empty(dout.shape[1]) if need_dbias else dout.new_empty(0),
     )
-
-
-class _BsrConv(torch.autograd.Function):
-    """The function behind the op, where nobody looks at ops."""
-
-    @staticmethod
-    def forward(ctx, x, values, bias, index, static):
-        ctx.save_for_backward(x, values, *index)
-        ctx.static = static
-        return _bsr_conv_fwd(x, values, bias, *index, *static)
-
-    @staticmethod
-    def backward(ctx, dout):
-        return *_grads(ctx, dout), None, None
-
-
-class _BsrConvOp(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, values, bias, index, static):
-        with torch._C._AutoDispatchBelowAutograd():
-            out = _bsr_conv_op(x, values, bias, *index, *static)
-        ctx.save_for_backward(x, values, *index)
-        ctx.static = static
-        return out
-
-    @staticmethod
-    def backward(ctx, dout):
-        return *_grads(ctx, dout), None, None
-
-
-def _grads(ctx, dout):
-    *needs, _, _ = ctx.needs_input_grad
-    geometry, _, impl, tile = ctx.static
-    if torch.is_grad_enabled():
-        return _grads_with_graph(ctx, dout, needs)
-    saved = ctx.saved_tensors
-    compute: Any = _bsr_conv_bwd_op if is_watched(dout, *saved) else _bsr_conv_bwd
-    grads = compute(dout, *saved, geometry, impl, tile, needs)
-    return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
-
-
-def _grads_with_graph(ctx, dout, needs):
-    """The same through differentiable ops, with the dense weight."""
-    x, values, *index = ctx.saved_tensors
-    geometry, block = ConvGeometry.unpack(ctx.static[0]), (values.shape[1], values.shape[2])
-
-    def out() -> torch.Tensor:
-        crow, col, *derived = index
-        shape = geometry.matrix_shape(block)
-        matrix = BlockSparse._from_validated(values, crow, col, shape, *derived).to_dense()
-        weight = _dense_weight(matrix, geometry, block)
-        (top, left), (bottom, right) = geometry.before, geometry.after
-        padded = F.pad(x, (left, right, top, bottom))
-        stride, dilation, groups = geometry.stride, geometry.dilation, geometry.groups
-        return F.conv2d(padded, weight, None, stride, 0, dilation, groups)
-
-    dx, dvalues = grads_with_graph(out, (x, values), needs[:2], dout)
-    return dx, dvalues, dout.sum((0, 2, 3)) if needs[2] else None
 
 
 def _bsr_conv_autograd(*inputs):

@@ -12,10 +12,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 import torch.nn.functional as F
+from torch._prims_common import suggest_memory_format
 
 from ._scratch import scratch_parts
 from .conv_geometry import ConvGeometry, Pair
@@ -124,54 +125,132 @@ class _Line:
         return self.pixels(line)[..., :height, :width, :]
 
 
-class _Blocks:
-    """The stored blocks of a weight, in a layer of some geometry.
+class ConvBlocks:
+    """Where the stored blocks of a weight lie, in a layer of some geometry.
+
+    What follows from that is kept once it was asked for: it does not change with the values.
+
+    Args:
+        crow, col: ``[block_rows + 1]``, ``[nnz + 1]``, of :class:`.BlockSparse`.
+        block: ``(bn, bk)``.
+        geometry: of the layer.
 
     Attributes:
         rows, cols: block rows of a group, block columns of a tap.
-        starts: where each block row starts.
-        values: 0 beyond a ragged edge.
-        overhangs: whether blocks reach beyond the channels of a group.
+        over_n, over_k: what the last block of a group's output and input channels overhangs.
     """
 
-    def __init__(self, values: torch.Tensor, crow: torch.Tensor, col: torch.Tensor, geometry):
-        self.nnz, self.bn, self.bk = values.shape
-        self.geometry: ConvGeometry = geometry
-        self.rows, self.cols = geometry.blocks((self.bn, self.bk))
-        self.starts, self.col, self.crow = crow.tolist(), col[: self.nnz], crow
-        last_n = geometry.out_per_group - (self.rows - 1) * self.bn
-        last_k = geometry.in_per_group - (self.cols - 1) * self.bk
-        self.overhangs = last_k < self.bk
-        if last_n < self.bn or self.overhangs:  # beyond the edge anything may be stored
-            row, col = self.row % self.rows, self.col % self.cols
-            n = torch.arange(self.bn, device=col.device)[:, None]
-            k = torch.arange(self.bk, device=col.device)
-            outside = ((row == self.rows - 1)[:, None, None] & (n >= last_n)) | (
-                (col == self.cols - 1)[:, None, None] & (k >= last_k)
-            )
-            values = values.masked_fill(outside, 0)
-        self.values = values
+    def __init__(
+        self, crow: torch.Tensor, col: torch.Tensor, block: Pair, geometry: ConvGeometry
+    ):  # fmt: skip
+        self.crow, self.nnz = crow, len(col) - 1
+        self.col, self.geometry, (self.bn, self.bk) = col[: self.nnz], geometry, block
+        self.rows, self.cols = geometry.blocks(block)
+        self.over_n = self.rows * self.bn - geometry.out_per_group
+        self.over_k = self.cols * self.bk - geometry.in_per_group
+        self.grid = geometry.groups * self.rows, geometry.taps * self.cols
+
+    @cached_property
+    def starts(self) -> list[int]:
+        """Where each block row starts, and the end of the last."""
+        return self.crow.tolist()
+
+    @cached_property
+    def columns(self) -> list[int]:
+        """``col`` as numbers."""
+        return self.col.tolist()
 
     @cached_property
     def row(self) -> torch.Tensor:
         """``[nnz]``, the block row of each block."""
         return torch.repeat_interleave(self.crow.diff(), output_size=self.nnz)
 
+    @cached_property
+    def places(self) -> torch.Tensor | None:
+        """``[nnz]`` int64, where each block lies in the grid; ``None`` where all are stored."""
+        rows, cols = self.grid
+        return None if self.nnz == rows * cols else self.row.long() * cols + self.col
+
+    @cached_property
+    def overhanging(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which blocks overhang the output channels of a group, and which the input channels."""
+        last_row = self.row % self.rows == self.rows - 1
+        last_col = self.col % self.cols == self.cols - 1
+        return last_row.nonzero()[:, 0], last_col.nonzero()[:, 0]
+
+    def inside(self, values: torch.Tensor) -> torch.Tensor:
+        """The values with 0 beyond a ragged edge, where anything may be stored."""
+        if not self.over_n and not self.over_k:
+            return values
+        values, (last_row, last_col) = values.clone(), self.overhanging
+        if self.over_n:
+            values[last_row, self.bn - self.over_n :] = 0
+        if self.over_k:
+            values[last_col, :, self.bk - self.over_k :] = 0
+        return values
+
+    @cached_property
+    def _whole(self) -> tuple[int, ...]:
+        """Size of the weight with all that overhangs."""
+        geometry = self.geometry
+        return geometry.groups * self.rows * self.bn, self.cols * self.bk, *geometry.kernel
+
+    @cached_property
+    def _views(self) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]:
+        """Sizes and strides: the grid's blocks in the order of the weight, and the other way."""
+        geometry, (bn, bk), (rows, cols) = self.geometry, (self.bn, self.bk), (self.rows, self.cols)
+        groups, taps, size = geometry.groups, geometry.taps, bn * bk
+        line, channels = self.grid[1] * size, cols * bk * taps
+        return (
+            ((groups, rows, bn, cols, bk, taps), (rows * line, line, bk, size, 1, cols * size)),
+            (
+                (groups, rows, taps, cols, bn, bk),
+                (rows * bn * channels, bn * channels, 1, bk * taps, channels, taps),
+            ),
+        )
+
+    def to_weight(self, values: torch.Tensor, memory_format: torch.memory_format) -> torch.Tensor:
+        """``[O, C / groups, *kernel]``, zeros filled in; ``values`` must be contiguous."""
+        if self.places is not None:
+            grid = values.new_zeros(self.grid[0] * self.grid[1], self.bn, self.bk)
+            values = grid.index_copy_(0, self.places, values)
+        # few calls: beside a small layer they take most of the time
+        weight, whole = values.as_strided(*self._views[0]), self._whole
+        if memory_format == torch.channels_last:
+            weight = weight.movedim(-1, 3).reshape(whole[0], *whole[2:], whole[1]).movedim(-1, 1)
+        else:
+            weight = weight.reshape(whole)
+        if not self.over_n and not self.over_k:
+            return weight
+        geometry = self.geometry
+        weight = weight.unflatten(0, (geometry.groups, -1))
+        weight = weight[:, : geometry.out_per_group, : geometry.in_per_group].flatten(0, 1)
+        return weight.contiguous(memory_format=memory_format)
+
+    def of_weight(self, weight: torch.Tensor) -> torch.Tensor:
+        """``[nnz, bn, bk]``, the blocks of ``weight``; 0 beyond a ragged edge."""
+        geometry = self.geometry
+        if self.over_n or self.over_k:
+            weight = weight.reshape(geometry.groups, -1, geometry.in_per_group, geometry.taps)
+            weight = F.pad(weight, (0, 0, 0, self.over_k, 0, self.over_n))
+        blocks = weight.contiguous().as_strided(*self._views[1])
+        blocks = blocks.reshape(self.grid[0] * self.grid[1], self.bn, self.bk)
+        return blocks if self.places is None else blocks.index_select(0, self.places)
+
 
 class _Lines:
     """Memory for what blocks read: ``[phases, groups, blocks, places, bk]`` of some images."""
 
-    def __init__(self, memory: torch.Tensor, blocks: _Blocks, line: _Line):
+    def __init__(self, memory: torch.Tensor, blocks: ConvBlocks, line: _Line):
         self.memory, self.blocks, self.line = memory, blocks, line
 
     def met(self) -> list[torch.Tensor]:
         """What each block meets: ``[outputs, bk]``, a view."""
         blocks, line, found = self.blocks, self.line, []
-        columns = blocks.col.tolist()
         for group in range(blocks.geometry.groups):
             first, end = (blocks.starts[(group + i) * blocks.rows] for i in (0, 1))
             views = {}
-            for column in columns[first:end]:
+            for column in blocks.columns[first:end]:
                 view = views.get(column)
                 if view is None:
                     tap, channels = divmod(column, blocks.cols)
@@ -198,21 +277,20 @@ class _Lines:
 def bsr_conv_torch(
     x: torch.Tensor,
     values: torch.Tensor,
-    crow: torch.Tensor,
-    col: torch.Tensor,
+    blocks: ConvBlocks,
     bias: torch.Tensor | None,
-    geometry: ConvGeometry,
     activation: str,
-    memory_format: torch.memory_format,
 ) -> torch.Tensor:
     """The same in library calls, for any block, on ``x [B, C, H, W]`` with any strides."""
-    wide = _wide(x.dtype)
-    blocks = _Blocks(values.to(wide), crow, col, geometry)
-    bias = None if bias is None else bias.to(wide)
-    shape = (len(x), geometry.out_channels, *geometry.out_size(x.shape[2:]))
-    if _is_dense_faster(blocks, x, shape):
-        return _dense(x, blocks, bias, activation, memory_format)
-    out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
+    geometry, memory_format = blocks.geometry, result_format(x)
+    dtype, wide = x.dtype, torch.promote_types(x.dtype, torch.float32)
+    if dtype != wide:
+        values, bias = values.to(wide), None if bias is None else bias.to(wide)
+    size = geometry.out_size(x.shape[2:])
+    if _is_dense_faster(blocks, x, size):
+        return _dense(x, values, blocks, bias, activation, memory_format)
+    values, shape = blocks.inside(values), (x.shape[0], geometry.out_channels, *size)
+    out = torch.empty(shape, dtype=dtype, device=x.device, memory_format=memory_format)
     for part, line in _bands(geometry, x):
         in_batches = line.outputs < _LOOP
         step = _batch(blocks, line) if in_batches else 0
@@ -228,68 +306,58 @@ def bsr_conv_torch(
         _lay(x[part], x_lines, line, blocks)
         lines = _Lines(x_lines, blocks, line)
         if in_batches:
-            _in_batches(lines, sums, gathered, products)
+            _in_batches(lines, values, sums, gathered, products)
         else:
-            _by_block(lines, sums)
+            _by_block(lines, values, sums)
         _finish(sums, line, bias, activation, out[part], geometry.groups)
     return out
 
 
-def _is_dense_faster(blocks: _Blocks, x: torch.Tensor, shape: tuple[int, ...]) -> bool:
+def _is_dense_faster(blocks: ConvBlocks, x: torch.Tensor, size: Pair) -> bool:
     """Whether the dense layer is: measured on two AVX2 cores, with 1x1 to 64x64 blocks."""
-    geometry, (images, channels, height, width) = blocks.geometry, shape
-    outputs = images * height * width
-    dense = outputs * geometry.in_per_group * geometry.taps * channels
-    if geometry.in_per_group < _FEW and not _is_channels_last(x):
+    geometry, (images, channels, height, width) = blocks.geometry, x.shape
+    outputs, out_channels = images * size[0] * size[1], geometry.out_channels
+    met = channels // geometry.groups * geometry.kernel[0] * geometry.kernel[1]
+    dense = outputs * met * out_channels
+    if channels < _FEW * geometry.groups and not _is_channels_last(x):
         dense *= 4
-    copied = x.numel() + outputs * channels
+    copied = images * channels * height * width + outputs * out_channels
     products = blocks.nnz * outputs * (blocks.bn * blocks.bk + _VISIT)
     return _CALL + _COPY * copied + products > dense
 
 
-def _dense(x: torch.Tensor, blocks: _Blocks, bias, activation: str, memory_format) -> torch.Tensor:
+def _dense(
+    x: torch.Tensor, values: torch.Tensor, blocks: ConvBlocks, bias, activation: str, memory_format
+) -> torch.Tensor:
     """The dense layer, zeros filled in."""
-    geometry, weight = blocks.geometry, _dense_weight(blocks, memory_format)
-    padded, padding = _padded(x.to(weight.dtype), geometry)
+    geometry, dtype = blocks.geometry, x.dtype
+    padded, padding = _padded(x if dtype == values.dtype else x.to(values.dtype), geometry)
     out = F.conv2d(
-        padded, weight, bias, geometry.stride, padding, geometry.dilation, geometry.groups
-    )
+        padded, blocks.to_weight(values, memory_format), bias, geometry.stride, padding,
+        geometry.dilation, geometry.groups,
+    )  # fmt: skip
     if activation != "none":
         out = _IN_PLACE[activation](out)
-    return out.to(x.dtype).contiguous(memory_format=memory_format)
+    out = out if dtype == values.dtype else out.to(dtype)
+    return out.contiguous(memory_format=memory_format)
 
 
-def _dense_bwd(dout, x, blocks: _Blocks, dx, dvalues) -> None:
-    geometry, (bn, bk) = blocks.geometry, (blocks.bn, blocks.bk)
-    weight = _dense_weight(blocks, torch.contiguous_format)
-    padded, padding = _padded(x.to(weight.dtype), geometry)
-    needs = [dx is not None, dvalues is not None, False]
-    dpadded, dw, _ = torch.ops.aten.convolution_backward(
-        dout.to(weight.dtype), padded, weight, None, geometry.stride, padding, geometry.dilation,
-        False, (0, 0), geometry.groups, needs,
+def _dense_bwd(
+    dout, x: torch.Tensor, values: torch.Tensor, blocks: ConvBlocks, needs: tuple[bool, bool]
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """``dx`` and ``dvalues``, both in the dtype of ``values``."""
+    geometry, wide = blocks.geometry, values.dtype
+    if dout.dtype != wide:
+        dout, x = dout.to(wide), x.to(wide)
+    padded, padding = _padded(x, geometry)
+    dx, dw, _ = torch.ops.aten.convolution_backward.default(
+        dout, padded, blocks.to_weight(values, torch.contiguous_format), None, geometry.stride,
+        padding, geometry.dilation, False, (0, 0), geometry.groups, (*needs, False),
     )  # fmt: skip
-    if dx is not None:
-        top, left = geometry.before if padded.shape != x.shape else (0, 0)
-        dx.copy_(dpadded[:, :, top : top + x.shape[2], left : left + x.shape[3]])
-    if dvalues is not None:
-        groups, rows, cols, taps = geometry.groups, blocks.rows, blocks.cols, geometry.taps
-        dw = dw.reshape(groups, geometry.out_per_group, geometry.in_per_group, taps)
-        beyond = (cols * bk - geometry.in_per_group, rows * bn - geometry.out_per_group)
-        dw = F.pad(dw, (0, 0, 0, beyond[0], 0, beyond[1]))
-        dw = dw.view(groups, rows, bn, cols, bk, taps).permute(0, 1, 5, 3, 2, 4)
-        dvalues.copy_(dw.reshape(groups * rows, taps * cols, bn, bk)[blocks.row, blocks.col])
-
-
-def _dense_weight(blocks: _Blocks, memory_format: torch.memory_format) -> torch.Tensor:
-    """``[O, C / groups, *kernel]``, zeros filled in."""
-    geometry, (bn, bk) = blocks.geometry, (blocks.bn, blocks.bk)
-    groups, rows, cols, taps = geometry.groups, blocks.rows, blocks.cols, geometry.taps
-    weight = blocks.values.new_zeros(groups * rows, taps * cols, bn, bk)
-    weight[blocks.row, blocks.col] = blocks.values
-    weight = weight.view(groups, rows, taps, cols, bn, bk).permute(0, 1, 4, 3, 5, 2)
-    weight = weight.reshape(groups, rows * bn, cols * bk, *geometry.kernel)
-    weight = weight[:, : geometry.out_per_group, : geometry.in_per_group].flatten(0, 1)
-    return weight.contiguous(memory_format=memory_format)
+    if dx is not None and padded is not x:
+        top, left = geometry.before
+        dx = dx[:, :, top : top + x.shape[2], left : left + x.shape[3]]
+    return dx, None if dw is None else blocks.of_weight(dw)
 
 
 def _padded(x: torch.Tensor, geometry: ConvGeometry) -> tuple[torch.Tensor, Pair]:
@@ -300,11 +368,11 @@ def _padded(x: torch.Tensor, geometry: ConvGeometry) -> tuple[torch.Tensor, Pair
     return F.pad(x, (left, right, top, bottom)), (0, 0)
 
 
-def _by_block(lines: _Lines, sums: torch.Tensor) -> None:
+def _by_block(lines: _Lines, values: torch.Tensor, sums: torch.Tensor) -> None:
     """One product per block, added to the sums of its block row."""
     blocks, outputs = lines.blocks, lines.line.outputs
     targets = sums.flatten(0, 1)[:, :outputs].unbind(0)
-    met, factors = lines.met(), blocks.values.transpose(1, 2).unbind(0)
+    met, factors = lines.met(), values.transpose(1, 2).unbind(0)
     for target, (first, end) in zip(targets, itertools.pairwise(blocks.starts), strict=True):
         if first == end:
             target.zero_()
@@ -315,11 +383,15 @@ def _by_block(lines: _Lines, sums: torch.Tensor) -> None:
 
 
 def _in_batches(
-    lines: _Lines, sums: torch.Tensor, gathered: torch.Tensor, products: torch.Tensor
+    lines: _Lines,
+    values: torch.Tensor,
+    sums: torch.Tensor,
+    gathered: torch.Tensor,
+    products: torch.Tensor,
 ) -> None:
     """Batches of products: for small ones a call for each costs more than gathering."""
     blocks, outputs = lines.blocks, lines.line.outputs
-    factors, step = blocks.values.transpose(1, 2), max(1, len(gathered))
+    factors, step = values.transpose(1, 2), max(1, len(gathered))
     sums = sums.flatten(0, 1)[:, :outputs].flatten(1)
     sums.zero_()
     for first in range(0, blocks.nnz, step):
@@ -338,20 +410,30 @@ def bsr_conv_bwd_torch(
     dout: torch.Tensor,
     x: torch.Tensor,
     values: torch.Tensor,
-    crow: torch.Tensor,
-    col: torch.Tensor,
-    geometry: ConvGeometry,
-    dx: torch.Tensor | None,
-    dvalues: torch.Tensor | None,
-) -> None:
-    """Fill ``dx [B, C, H, W]``, any strides, and ``dvalues [nnz, bn, bk]``; or one of them."""
-    wide = _wide(x.dtype)
-    blocks = _Blocks(values.to(wide), crow, col, geometry)
-    if _is_dense_faster(blocks, x, tuple(dout.shape)):
-        return _dense_bwd(dout, x, blocks, dx, dvalues)
-    gradients = None
-    if dvalues is not None:
-        gradients = torch.zeros(values.shape, dtype=wide, device=x.device)
+    blocks: ConvBlocks,
+    need_dx: bool,
+    need_dvalues: bool,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """``dx [B, C, H, W]``, in memory as a result of ``x``, and ``dvalues [nnz, bn, bk]``."""
+    dtype, wide = x.dtype, torch.promote_types(x.dtype, torch.float32)
+    wide_values = values if dtype == wide else values.to(wide)
+    way = _dense_bwd if _is_dense_faster(blocks, x, dout.shape[2:]) else _lines_bwd
+    dx, dvalues = way(dout, x, wide_values, blocks, (need_dx, need_dvalues))
+    if dx is not None:
+        dx = (dx if dtype == wide else dx.to(dtype)).contiguous(memory_format=result_format(x))
+    if dvalues is not None and dtype != wide:
+        dvalues = dvalues.to(dtype)
+    return dx, dvalues
+
+
+def _lines_bwd(
+    dout, x: torch.Tensor, values: torch.Tensor, blocks: ConvBlocks, needs: tuple[bool, bool]
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """``dx`` in its own dtype, ``dvalues`` in that of ``values``."""
+    (need_dx, need_dvalues), geometry, wide = needs, blocks.geometry, values.dtype
+    values = blocks.inside(values)
+    dx = torch.empty_like(x, memory_format=result_format(x)) if need_dx else None
+    gradients = torch.zeros_like(values) if need_dvalues else None
     for part, line in _bands(geometry, x):
         x_lines, dy_lines = _scratch_lines(
             [
@@ -364,7 +446,7 @@ def bsr_conv_bwd_torch(
         for channels, which, width in _pieces(geometry.out_per_group, blocks.bn):
             into = line.image(dy_lines[:, which])[..., :width]
             into.copy_(_of_blocks(dout[part], geometry.groups, channels, width))
-        lines, factors = _Lines(x_lines, blocks, line), blocks.values.unbind(0)
+        lines, factors = _Lines(x_lines, blocks, line), values.unbind(0)
         rows = dy_lines.flatten(0, 1)[:, : line.outputs].unbind(0)
         met = lines.met()
         if gradients is not None:
@@ -379,33 +461,39 @@ def bsr_conv_bwd_torch(
                 for i in range(first, end):
                     torch.addmm(met[i], dy, factors[i], out=met[i])
             _take(dx[part], x_lines, line, geometry.groups, blocks.bk)
-    if dvalues is not None:
-        dvalues.copy_(gradients)
+    return dx, gradients
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """Sums run in it."""
-    return torch.promote_types(dtype, torch.float32)
+def result_format(x: torch.Tensor) -> torch.memory_format:
+    """How a convolution of PyTorch lays out its result; what its own Python rule says, quicker."""
+    if x.stride(1) > x.stride(3):
+        return torch.contiguous_format
+    return suggest_memory_format(x)
 
 
 def _is_channels_last(t: torch.Tensor) -> bool:
     return t.stride(1) == 1
 
 
+@lru_cache(maxsize=256)
+def _line(geometry: ConvGeometry, size: Pair, images: int) -> _Line:
+    return _Line(geometry, size, images)
+
+
 def _bands(geometry: ConvGeometry, x: torch.Tensor) -> Iterator[tuple[slice, _Line]]:
     """Images that are computed together, and their line."""
     images, _, *size = x.shape
-    one = _Line(geometry, (size[0], size[1]), 1)
+    one = _line(geometry, (size[0], size[1]), 1)
     step = min(images, max(1, _PLACES // one.count))
     line = None
     for start in range(0, images, max(1, step)):
         count = min(step, images - start)
         if line is None or line.images != count:
-            line = _Line(geometry, (size[0], size[1]), count)
+            line = _line(geometry, (size[0], size[1]), count)
         yield slice(start, start + count), line
 
 
-def _batch(blocks: _Blocks, line: _Line) -> int:
+def _batch(blocks: ConvBlocks, line: _Line) -> int:
     """How many blocks are gathered at a time."""
     return min(blocks.nnz, max(1, _GATHERED // (line.outputs * (blocks.bn + blocks.bk))))
 
@@ -448,9 +536,9 @@ def _images_and_lines(t: torch.Tensor, lines: torch.Tensor, line: _Line, groups:
             )
 
 
-def _lay(x: torch.Tensor, lines: torch.Tensor, line: _Line, blocks: _Blocks) -> None:
+def _lay(x: torch.Tensor, lines: torch.Tensor, line: _Line, blocks: ConvBlocks) -> None:
     """Copy pixels to their places, and zeros around them."""
-    if blocks.overhangs:
+    if blocks.over_k:
         lines.zero_()
     else:
         lines[..., line.count :, :].zero_()

@@ -54,13 +54,13 @@ class ConvGeometry:
 
     def out_size(self, size: Sequence[int]) -> Pair:
         """Size of the output for an image of this size; below 1 where the taps do not fit."""
-        height, width = (
-            (n + before + after - (kernel - 1) * dilation - 1) // stride + 1
-            for n, before, after, kernel, dilation, stride in zip(
-                size, self.before, self.after, self.kernel, self.dilation, self.stride, strict=True
-            )
+        (height, width), (kernel_h, kernel_w) = size, self.kernel
+        (stride_h, stride_w), (apart_h, apart_w) = self.stride, self.dilation
+        (top, left), (bottom, right) = self.before, self.after
+        return (
+            (height + top + bottom - (kernel_h - 1) * apart_h - 1) // stride_h + 1,
+            (width + left + right - (kernel_w - 1) * apart_w - 1) // stride_w + 1,
         )
-        return height, width
 
     def pack(self) -> list[int]:
         """As numbers, which is what an op of PyTorch takes."""
