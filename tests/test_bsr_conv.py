@@ -495,6 +495,38 @@ def test_nan_and_infinity_reach_the_outputs_that_meet_them(impl, device):
     assert out[0, :, 0, 1].isfinite().all()
 
 
+BAD = {"nan": float("nan"), "inf": float("inf")}
+
+
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize("which", ["x", "dout", "values"])
+@pytest.mark.parametrize("geometry", [GEOMETRIES[i] for i in (0, 1, 5, 7, 8)], ids=identifier)
+def test_infinity_gave_nan_to_gradients_that_never_met_it(geometry, which, bad, impl, device):
+    """What is beside an image, between two, or beyond a ragged edge is no factor of a product."""
+    skip_native(impl, geometry != GEOMETRIES[7] or bad == "nan")
+    if which == "values" and impl == "triton":
+        pytest.skip("a tile's pixels share the values, those at the border with 0 beside them")
+    case = Case(**geometry, device=device)
+    dout = integers(*case.torch_out().shape, device=device)
+    height, width = case.x.shape[2:]
+    tensor = {"x": case.x, "dout": dout, "values": case.dense}[which]
+    places = {(0, 0), (height - 1, width - 1), (height // 2, 0), (0, width // 2)}
+    for place in places if impl == "torch" else {(0, 0)}:
+        line, column = (n % size for n, size in zip(place, tensor.shape[2:], strict=True))
+        kept = tensor[-1, 1, line, column].clone()
+        tensor[-1, 1, line, column] = BAD[bad]
+        if which == "values":
+            weight = weight_to_matrix(case.dense, case.layout)
+            case.w.values[case.inside] = case.blocks_of(weight)[case.inside]
+        grads, dense = case.grads(dout, impl), case.torch_grads(dout, FP32)
+        for name, grad, expected in zip(("dx", "dvalues", "dbias"), grads, dense, strict=True):
+            finite = expected.isfinite()
+            assert_exact(f"{name}, {place}", grad[finite], expected[finite])
+            if which == "x":
+                assert not grad[~finite].isfinite().any(), f"{name}, {place}"
+        tensor[-1, 1, line, column] = kept
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -512,20 +512,20 @@ def _bsr_conv_dvalues_kernel(
     dout_col_ptrs = dout_ptr + group * O_GROUP + offs_n
     x_col_ptrs = x_ptr + group * C_GROUP + offs_k
 
-    # What overhangs a ragged edge is read as 0, and so are its sums. dout is read transposed: as a
-    # left operand mma.sync's loop pipelines it in no other way.
+    # Where a tap meets no pixel dout is read as 0 too: infinity times 0 would be NaN. dout is read
+    # transposed: as a left operand mma.sync's loop pipelines it in no other way.
     acc = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
     length = tl.cdiv(tl.cdiv(PIXELS, BLOCK_M), SPLIT)
     for i in range(0, length):
         pid_m = share * length + i
         image, line, place, mask_m = _pixels(pid_m, PIXELS, HO, WO, BLOCK_M)
+        y, z = line * stride_h + down, place * stride_w + right
+        mask_x = mask_m & (y >= 0) & (y < H) & (z >= 0) & (z < W)
         offs_d = image * stride_db + line.to(tl.int64) * stride_dh + place.to(tl.int64) * stride_dw
         dout = tl.load(
             dout_col_ptrs[:, None] + offs_d[None, :],
-            mask=mask_n[:, None] & mask_m[None, :], other=0.0,
+            mask=mask_n[:, None] & mask_x[None, :], other=0.0,
         )  # fmt: skip
-        y, z = line * stride_h + down, place * stride_w + right
-        mask_x = mask_m & (y >= 0) & (y < H) & (z >= 0) & (z < W)
         offs_x = image * stride_xb + y.to(tl.int64) * stride_xh + z.to(tl.int64) * stride_xw
         x = tl.load(
             x_col_ptrs[None, :] + offs_x[:, None],
@@ -536,6 +536,8 @@ def _bsr_conv_dvalues_kernel(
             x = x.to(tl.float32)
         acc = tl.dot(dout, x, acc, input_precision=PRECISION)
 
+    # beyond a ragged edge the gradient is 0, whatever 0 was multiplied with
+    acc = tl.where(mask_n[:, None] & mask_k[None, :], acc, 0.0)
     offs = which * (BN * BK) + offs_bn[:, None] * BK + offs_bk[None, :]
     if SPLIT > 1:
         tl.store(dvalues_ptr + share * NNZ * (BN * BK) + offs, acc)

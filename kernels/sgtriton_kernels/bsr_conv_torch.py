@@ -10,6 +10,7 @@ dropped.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -355,17 +356,18 @@ def _dense_bwd(
         padding, geometry.dilation, False, (0, 0), geometry.groups, (*needs, False),
     )  # fmt: skip
     if dx is not None and padded is not x:
-        top, left = geometry.before
+        top, left = (n - m for n, m in zip(geometry.before, padding, strict=True))
         dx = dx[:, :, top : top + x.shape[2], left : left + x.shape[3]]
     return dx, None if dw is None else blocks.of_weight(dw)
 
 
 def _padded(x: torch.Tensor, geometry: ConvGeometry) -> tuple[torch.Tensor, Pair]:
-    """The images, and how many zeros are still missing on either side."""
+    """The images with what one side has more of zeros, and how many are missing on either."""
     if geometry.before == geometry.after:
         return x, geometry.before
     (top, left), (bottom, right) = geometry.before, geometry.after
-    return F.pad(x, (left, right, top, bottom)), (0, 0)
+    height, width = min(top, bottom), min(left, right)
+    return F.pad(x, (left - width, right - width, top - height, bottom - height)), (height, width)
 
 
 def _by_block(lines: _Lines, values: torch.Tensor, sums: torch.Tensor) -> None:
@@ -417,8 +419,17 @@ def bsr_conv_bwd_torch(
     """``dx [B, C, H, W]``, in memory as a result of ``x``, and ``dvalues [nnz, bn, bk]``."""
     dtype, wide = x.dtype, torch.promote_types(x.dtype, torch.float32)
     wide_values = values if dtype == wide else values.to(wide)
-    way = _dense_bwd if _is_dense_faster(blocks, x, dout.shape[2:]) else _lines_bwd
-    dx, dvalues = way(dout, x, wide_values, blocks, (need_dx, need_dvalues))
+    # In a line a product that does not exist has a factor 0, which infinity makes NaN. It shows in
+    # gradients that are few beside what was multiplied for them, and the dense layer says which.
+    is_dense = _is_dense_faster(blocks, x, dout.shape[2:])
+    if not is_dense and need_dx and not _is_finite(wide_values):
+        is_dense = True
+    if is_dense:
+        dx, dvalues = _dense_bwd(dout, x, wide_values, blocks, (need_dx, need_dvalues))
+    else:
+        dx, dvalues = _lines_bwd(dout, x, wide_values, blocks, (need_dx, need_dvalues))
+        if dvalues is not None and not _is_finite(dvalues):
+            _, dvalues = _dense_bwd(dout, x, wide_values, blocks, (False, True))
     if dx is not None:
         dx = (dx if dtype == wide else dx.to(dtype)).contiguous(memory_format=result_format(x))
     if dvalues is not None and dtype != wide:
@@ -462,6 +473,11 @@ def _lines_bwd(
                     torch.addmm(met[i], dy, factors[i], out=met[i])
             _take(dx[part], x_lines, line, geometry.groups, blocks.bk)
     return dx, gradients
+
+
+def _is_finite(t: torch.Tensor) -> bool:
+    """Whether all of it is; ``False`` too where the sum passes the largest number."""
+    return math.isfinite(t.sum().item())
 
 
 def result_format(x: torch.Tensor) -> torch.memory_format:
