@@ -49,8 +49,11 @@ class BsrTile:
 
     def pack(self) -> list[int]:
         """As numbers, which is what an op of PyTorch takes."""
-        fields = vars(self) | {"form": BSR_FORMS.index(self.form)}
-        return [int(value) for value in fields.values()]
+        # one by one: not every tracer follows what runs over all fields
+        return [
+            self.BLOCK_N, self.BLOCK_M, self.BLOCK_K, self.num_stages, self.num_warps,
+            BSR_FORMS.index(self.form), self.split, int(self.bulk),
+        ]  # fmt: skip
 
     @classmethod
     def unpack(cls, numbers: Sequence[int]) -> BsrTile:
