@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import mmap
 import pickle
 from dataclasses import replace
 
@@ -13,7 +14,7 @@ from helpers import DTYPES, assert_exact, assert_within_twice, integers, layouts
 from sgtriton_kernels import bsr_conv, bsr_conv_product, bsr_conv_torch
 from sgtriton_kernels._impl import use_impl
 from sgtriton_kernels._ops import ops
-from sgtriton_kernels._triton import INTERPRETED
+from sgtriton_kernels._triton import INTERPRETED, tl, triton
 from sgtriton_kernels.blocks import (
     coverage,
     gate_layout,
@@ -493,6 +494,137 @@ def test_nan_and_infinity_reach_the_outputs_that_meet_them(impl, device):
     assert out[0, :, 0, 0].isnan().all()
     assert not out[0, :, 1, 1].isfinite().any()
     assert out[0, :, 0, 1].isfinite().all()
+
+
+FAR = 1 << 32  # elements
+
+
+@pytest.fixture
+def far_memory(device):
+    """fp32 elements, more than 32 bits count, of which only a few pages exist."""
+    if device.type != "cpu":
+        pytest.skip("needs memory that is not there")
+    try:
+        buffer = mmap.mmap(-1, 4 * (FAR + 512), flags=mmap.MAP_PRIVATE | 0x4020)  # no reserve
+    except OSError as error:
+        pytest.skip(f"no address space: {error}")
+    return torch.frombuffer(buffer, dtype=FP32)
+
+
+def some_programs(kernel, count):
+    """A kernel of which only the first programs run."""
+    return type("", (), {"__getitem__": lambda _, grid: kernel[(count,)]})()
+
+
+@pytest.mark.parametrize("axis", ["images", "lines", "places"])
+def test_offsets_of_pixels_beyond_32_bits(axis, far_memory):
+    """The kernels themselves, on images whose pixels lie far apart."""
+    size, kernel, far = {
+        "images": ((5, 16, 2, 2), (2, 2), 0),
+        "lines": ((1, 16, 5, 2), (3, 1), 2),
+        "places": ((1, 16, 2, 5), (1, 3), 3),
+    }[axis]
+    case = Case((16, 16), kernel, size[2:], size[0], share=1.0)
+    w, geometry = case.w, ConvGeometry(16, 16, kernel)
+    strides = [64, 1, 32, 16]
+    strides[far] = 1 << 30
+    x, out = (
+        case.x.contiguous(memory_format=torch.channels_last),
+        torch.empty_like(case.torch_out(FP32)),
+    )
+    dout, dx, dvalues = integers(*out.shape), torch.empty_like(x), torch.empty_like(w.values)
+    far_x = far_memory.as_strided(x.shape, strides).copy_(x)
+    far_dout = far_memory.as_strided(dout.shape, strides, 256).copy_(dout)
+    bsr_conv_product.bsr_conv_fwd(
+        far_x, w.values, w.crow, w.col, w.row_order, case.bias, geometry, "none", out, TILE
+    )
+    assert_exact("out", out, case.torch_out())
+    bsr_conv_product.bsr_conv_dx(far_dout, w.values, w.col, w.row, w.perm, geometry, dx, TILE)
+    bsr_conv_product.bsr_conv_dvalues(
+        far_dout, far_x, w.row, w.col, w.perm, geometry, dvalues, TILE
+    )
+    for name, grad, expected in zip(
+        ("dx", "dvalues"), (dx, dvalues), case.torch_grads(dout)[:2], strict=True
+    ):
+        assert_exact(name, grad, expected)
+
+
+def test_offsets_of_values_beyond_32_bits(far_memory, monkeypatch):
+    """The kernels themselves, on a stored block that lies far behind."""
+    case = Case((16, 16), (1, 1), (2, 3), share=1.0)
+    values, geometry = far_memory.view(-1, 16, 16), ConvGeometry(16, 16, (1, 1))
+    which = FAR // 256
+    values[which] = case.w.values[0]
+    crow, col = torch.tensor([which, which + 1]).int(), torch.zeros(which + 2).int()
+    row, perm, out = torch.tensor([0, 0]).int(), torch.tensor([which]).int(), case.torch_out(FP32)
+    dout, dx = integers(*out.shape), torch.empty_like(case.x)
+    exact, (exact_dx, exact_dvalues, _) = case.torch_out(), case.torch_grads(dout)
+    bsr_conv_product.bsr_conv_fwd(
+        case.x, values, crow, col, row, case.bias, geometry, "none", out.fill_(float("nan")), TILE
+    )
+    assert_exact("out", out, exact)
+    bsr_conv_product.bsr_conv_dx(dout, values, col, row, perm, geometry, dx, TILE)
+    assert_exact("dx", dx, exact_dx)
+    first = some_programs(bsr_conv_product._bsr_conv_dvalues_kernel, 1)
+    monkeypatch.setattr(bsr_conv_product, "_bsr_conv_dvalues_kernel", first)
+    bsr_conv_product.bsr_conv_dvalues(dout, case.x, row, col, perm, geometry, values, TILE)
+    assert_exact("dvalues", values[which], exact_dvalues[0])
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_offsets_of_results_beyond_32_bits(memory_format, far_memory, monkeypatch):
+    """The kernels themselves, on results of more channels than a test can compute."""
+    case = Case((16, 16), (1, 1), (2, 4), share=1.0)
+    channels = FAR // 16
+    rows, shape = channels // 16, (2, channels, 2, 4)
+    strides = torch.empty(shape, device="meta").contiguous(memory_format=memory_format).stride()
+    result, w = far_memory.as_strided(shape, strides), case.w
+    for name in ("_bsr_conv_fwd_kernel", "_bsr_conv_dx_kernel"):
+        first = some_programs(getattr(bsr_conv_product, name), 1)
+        monkeypatch.setattr(bsr_conv_product, name, first)
+    # the last block row comes first
+    crow, order = torch.zeros(rows + 1).int(), torch.tensor([rows - 1]).int()
+    crow[-1] = 1
+    bsr_conv_product.bsr_conv_fwd(
+        case.x, w.values, crow, w.col, order, None, ConvGeometry(16, channels, (1, 1)), "none",
+        result, TILE,
+    )  # fmt: skip
+    assert_exact("out", result[:, -16:], case.torch_out() - case.bias[:, None, None])
+    dout = integers(2, 16, 2, 4)
+    bsr_conv_product.bsr_conv_dx(
+        dout, w.values, w.col, w.row, w.perm, ConvGeometry(channels, 16, (1, 1)), result, TILE
+    )
+    assert_exact("dx", result[:, :16], case.torch_grads(dout)[0])
+
+
+@triton.jit
+def _pixels_kernel(out_ptr, pid, PIXELS, H, W, BLOCK_M: tl.constexpr):
+    image, line, place, mask = bsr_conv_product._pixels(pid.to(tl.int64), PIXELS, H, W, BLOCK_M)
+    offs = bsr_conv_product._out_offsets(image, line, place, tl.arange(0, 16), H, W, 16, True)
+    tl.store(out_ptr + tl.arange(0, BLOCK_M)[:, None] * 16 + tl.arange(0, 16), offs, mask[:, None])
+
+
+def test_pixels_are_counted_beyond_32_bits(device, impl):
+    if impl == "torch":
+        pytest.skip("for the kernels")
+    pixels = FAR + 3
+    for pid in (FAR // 16 - 1, FAR // 16):
+        out = torch.full((16, 16), -1, device=device)
+        _pixels_kernel[(1,)](out, pid, pixels, 8, 16, BLOCK_M=16)
+        expected = torch.arange(256, device=device).view(16, 16) + pid * 256
+        expected[max(0, pixels - pid * 16) :] = -1
+        assert_exact(str(pid), out, expected)
+
+
+@pytest.mark.parametrize("size", [(1 << 16, 1 << 15), (1, 1)], ids=["x", "result"])
+def test_image_whose_pixels_32_bits_do_not_count_is_refused(size, impl, device):
+    if impl == "torch":
+        pytest.skip("for the kernels")
+    w = BlockSparse.from_dense(torch.ones(16, 16, device=device), (16, 16))
+    x = torch.zeros(1, device=device).expand(1, 16, *size)
+    padding = 0 if size != (1, 1) else 1 << 15
+    with pytest.raises(ValueError, match="at most 2147418112 pixels an image for the Triton"):
+        bsr_conv2d(x, w, padding=padding, out_channels=16, kernel_size=1, impl=impl)
 
 
 BAD = {"nan": float("nan"), "inf": float("inf")}

@@ -33,6 +33,9 @@ from .bsr_conv_torch import ConvBlocks, bsr_conv_bwd_torch, bsr_conv_torch, resu
 from .conv_geometry import ConvGeometry
 from .tiles import BsrTile, tile_for_bsr_conv
 
+# The kernels count the pixels of an image in 32 bits, those of a tile that begins in it included.
+_MOST_PIXELS = 2**31 - 2**16
+
 
 def bsr_conv2d(
     x: torch.Tensor,
@@ -323,6 +326,12 @@ def _forward(
     if not x.numel():
         return _empty(x, geometry, result_format(x))
     if impl == "triton":
+        most = max(map(math.prod, (x.shape[2:], geometry.out_size(x.shape[2:]))))
+        if most > _MOST_PIXELS:
+            raise ValueError(
+                f"x and the result must have at most {_MOST_PIXELS} pixels an image for the Triton "
+                f"kernels, got {most}"
+            )
         out = _empty(x, geometry, result_format(x))
         chosen = _tile("fwd", tile, geometry, values, out.numel() // geometry.out_channels)
         bsr_conv_fwd(
