@@ -317,6 +317,19 @@ def test_copy_engine_serves_every_form(m, device, monkeypatch):
     assert_exact("no block", case.fwd(replace(TILE, bulk=True)), case.y64())
 
 
+@pytest.mark.parametrize("threads", [2, 3, 16])
+@pytest.mark.parametrize("form", ["weight_left", "vector", "split", "pairs"])
+def test_block_rows_dealt_out_to_threads_are_all_there(form, threads, device, monkeypatch):
+    """As the CPU compiler's programs run, in the interpreter too; tiles that overhang and whole."""
+    if not INTERPRETED and form != "weight_left" and threads != 3:
+        pytest.skip("one form compiled, and the interpreter, cover it")
+    monkeypatch.setattr(bsr_product, "is_native", lambda device: True)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    for shape in ((5, 40, 70), (32, 112, 96), (17, 16, 32)):
+        case = Case(shape, (16, 16), some(shape, (16, 16)), FP32, device)
+        assert_exact(str(shape), case.fwd(FORMS[form]), case.y64())
+
+
 @pytest.mark.parametrize("split", [2, 3, 8])
 def test_split_sums_are_bitwise_repeatable(split, device):
     shape = (3, 32, 160)

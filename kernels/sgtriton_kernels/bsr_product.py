@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from ._bf16 import rounded, soft_bf16
 from ._operands import is_aligned, row_strides
@@ -228,14 +229,18 @@ def _product(
     sums = out
     if split > 1:
         sums = torch.empty(split, m, size, dtype=torch.float32, device=x2.device)
-    grid = (triton.cdiv(m, tile.BLOCK_M) * (len(starts) - 1) * parts * split,)
+    tiles_m = -(-m // tile.BLOCK_M)
+    grid = (tiles_m * (len(starts) - 1) * parts * split,)
     even = red % (bn if transposed else bk) == 0
     x, stored, strides = x2, values, row_strides(x2)
-    read = "rows" if is_aligned(x2) else "any"
+    read, whole, threads = "rows" if is_aligned(x2) else "any", False, 1
     if is_native(x2.device):
-        # columns are what its compiler makes vectors of, and a mask costs more than a copy
+        # its compiler makes vectors of columns, and a mask costs more than a copy or a variant
         if tile.form == "weight_left" and not transposed:
-            x, strides, read = *_padded_columns(x2, tile.BLOCK_M, bk), "columns"
+            x, read = _tiled_columns(x2, tile.BLOCK_M, bk), "columns"
+            strides = (x.shape[-2], 1)
+        whole = m == tiles_m * tile.BLOCK_M and size % (block_k if transposed else block_n) == 0
+        threads = torch.get_num_threads()
     elif (
         tile.bulk and not pairs and even and read == "rows" and _has_copy_engine(x2) and len(values)
     ):
@@ -261,8 +266,10 @@ def _product(
             EVEN_RED=even,
             READ=read,
             ALIGNED_OUT=size % 16 == 0,
+            WHOLE_OUT=whole,
             SOFT_BF16=soft_bf16(x2.dtype, x2.device),
             PRECISION=dot_precision(),
+            THREADS=threads,
             BN=bn, BK=bk,
             BLOCK_M=tile.BLOCK_M, BLOCK_N=block_n, BLOCK_K=block_k,
             **launch_options(x2.device, tile.num_stages, tile.num_warps),
@@ -288,7 +295,7 @@ def _vector(
     if m == 0:
         return out
     block_n, block_k = min(tile.BLOCK_N, bn), min(tile.BLOCK_K, bk)
-    grid = (triton.cdiv(m, tile.BLOCK_M) * len(row_order) * (bn // block_n),)
+    grid = (-(-m // tile.BLOCK_M) * len(row_order) * (bn // block_n),)
     with device_of(x2):
         _bsr_vector_kernel[grid](
             x2.contiguous(),
@@ -302,6 +309,7 @@ def _vector(
             ACTIVATION=activation,
             ALIGNED_X=k % 16 == 0,
             SOFT_BF16=soft_bf16(x2.dtype, x2.device),
+            THREADS=torch.get_num_threads() if is_native(x2.device) else 1,
             BN=bn, BK=bk,
             BLOCK_M=tile.BLOCK_M, BLOCK_N=block_n, BLOCK_K=block_k,
             STAGES=tile.num_stages,
@@ -353,17 +361,29 @@ def _descriptor(t: torch.Tensor, strides: Sequence[int], tile: Sequence[int]) ->
     return make(t, list(t.shape), list(strides), list(tile))
 
 
-def _padded_columns(
-    x2: torch.Tensor, block_m: int, side: int
-) -> tuple[torch.Tensor, tuple[int, int]]:
-    """``x2 [M, K]`` stored by columns, padded with zeros to whole tiles; and its strides."""
-    (m, k), align = x2.shape, max(16, block_m)
-    rows, cols = triton.cdiv(m, align) * align, triton.cdiv(k, side) * side
-    if (m, k) == (rows, cols):
-        return x2.T.contiguous(), (1, rows)
-    out = torch.zeros(cols, rows, dtype=x2.dtype, device=x2.device)
-    out[:k, :m] = x2.T
-    return out, (1, rows)
+def _tiled_columns(x2: torch.Tensor, block_m: int, side: int) -> torch.Tensor:
+    """``x2 [M, K]`` as ``[tiles, K, BLOCK_M]``, padded with zeros to whole tiles and blocks."""
+    (m, k), tiles = x2.shape, -(-len(x2) // block_m)
+    rows, cols = tiles * block_m, -(-k // side) * side
+    if (m, k) != (rows, cols):
+        x2 = F.pad(x2, (0, cols - k, 0, rows - m))
+    if tiles == 1:  # PyTorch transposes a matrix in less time
+        return x2.T.contiguous()
+    return x2.unflatten(0, (tiles, block_m)).transpose(1, 2).contiguous()
+
+
+@triton.jit
+def _dealt(place, places, THREADS: tl.constexpr):
+    # Triton's CPU compiler gives each thread one run of neighbouring programs, and the longest
+    # block rows start first: as if dealt out, each gets long ones and short ones.
+    if THREADS > 1:
+        each = places // THREADS
+        turn = place % tl.maximum(each, 1)
+        thread = place // tl.maximum(each, 1)
+        back = THREADS - 1 - thread
+        dealt = turn * THREADS + tl.where(turn % 2 == 0, thread, back)
+        place = tl.where(place < each * THREADS, dealt, place)
+    return place
 
 
 @triton.jit
@@ -400,11 +420,14 @@ def _bsr_product_kernel(
     ACTIVATION: tl.constexpr,
     EVEN_RED: tl.constexpr,  # RED is a multiple of the block's side
     # How x is stored: "rows": stride_xr is 1; stride_xm and RED are multiples of 16; "columns":
-    # by columns, padded to whole tiles; "any". "bulk": x and values are descriptors of tiles
+    # tile by tile, each by columns and whole, stride_xm is a column's number of them; "any".
+    # "bulk": x and values are descriptors of tiles
     READ: tl.constexpr,
     ALIGNED_OUT: tl.constexpr,  # OUT is a multiple of 16
+    WHOLE_OUT: tl.constexpr,  # no tile of out overhangs
     SOFT_BF16: tl.constexpr,  # bf16 by hand, where the compiler does not do it right
     PRECISION: tl.constexpr,
+    THREADS: tl.constexpr,  # 1 on cards
     BN: tl.constexpr, BK: tl.constexpr,  # sides of a block
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -414,9 +437,6 @@ def _bsr_product_kernel(
         RED = RED // 16 * 16
         stride_xm = stride_xm // 16 * 16
         stride_xr = 1
-    if READ == "columns":
-        stride_xr = stride_xr // 16 * 16
-        stride_xm = 1
     if ALIGNED_OUT:
         OUT = OUT // 16 * 16
     if TRANSPOSED:
@@ -440,7 +460,8 @@ def _bsr_product_kernel(
     if TRANSPOSED:
         block_o = pid_o // PARTS
     else:
-        block_o = tl.load(order_ptr + pid_o // PARTS).to(tl.int64)
+        places = tl.num_programs(0) // (num_m * SPLIT * PARTS)
+        block_o = tl.load(order_ptr + _dealt(pid_o // PARTS, places, THREADS)).to(tl.int64)
     first_m = (pid % num_m).to(tl.int32) * BLOCK_M
     first_bo = (pid_o % PARTS).to(tl.int32) * BLOCK_OUT  # inside the block
     offs_m = first_m.to(tl.int64) + tl.arange(0, BLOCK_M)
@@ -506,7 +527,13 @@ def _bsr_product_kernel(
             else:
                 stride_r: tl.constexpr = 1  # pyright: ignore
                 stride_o: tl.constexpr = BK
-            if WEIGHT_LEFT:
+            if READ == "columns":
+                # offsets that the compiler knows
+                first_r = index.to(tl.int64) * SIDE_RED + first_br
+                x_tile_ptr = x_ptr + first_m.to(tl.int64) * stride_xm + first_r * BLOCK_M
+                lanes_r, lanes_m = tl.arange(0, BLOCK_RED), tl.arange(0, BLOCK_M)
+                x_ptrs = x_tile_ptr + lanes_r[:, None] * BLOCK_M + lanes_m[None, :]
+            elif WEIGHT_LEFT:
                 x_ptrs = x_ptr + offs_r[:, None] * stride_xr + offs_m[None, :] * stride_xm
                 mask_x = mask_r[:, None] & mask_m[None, :]
             else:
@@ -549,9 +576,13 @@ def _bsr_product_kernel(
         acc, bias_ptr, residual_ptr, offs_o, mask_o, offs, mask, HAS_BIAS, HAS_RESIDUAL, ACTIVATION
     )
     if SPLIT > 1:
-        tl.store(out_ptr + share * M * OUT + offs, acc, mask=mask)
+        out_ptr += share * M * OUT
+        out = acc
     else:
         out = rounded(acc, out_ptr.dtype.element_ty, SOFT_BF16)
+    if WHOLE_OUT:
+        tl.store(out_ptr + offs, out)
+    else:
         tl.store(out_ptr + offs, out, mask=mask)
 
 
@@ -570,6 +601,7 @@ def _bsr_vector_kernel(
     ACTIVATION: tl.constexpr,
     ALIGNED_X: tl.constexpr,  # K is a multiple of 16
     SOFT_BF16: tl.constexpr,
+    THREADS: tl.constexpr,  # 1 on cards
     BN: tl.constexpr, BK: tl.constexpr,  # sides of a block
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,  # the pipeline's, which without a tl.dot the loop itself must ask for
@@ -582,7 +614,8 @@ def _bsr_vector_kernel(
     pid = tl.program_id(0).to(tl.int64)
     num_m = tl.cdiv(M, BLOCK_M)
     pid_n = pid // num_m
-    row = tl.load(row_order_ptr + pid_n // PARTS).to(tl.int64)
+    places = tl.num_programs(0) // (num_m * PARTS)
+    row = tl.load(row_order_ptr + _dealt(pid_n // PARTS, places, THREADS)).to(tl.int64)
     first_m = pid % num_m * BLOCK_M
     lanes_m = tl.arange(0, BLOCK_M)
     offs_bn = pid_n % PARTS * BLOCK_N + tl.arange(0, BLOCK_N)  # inside the block

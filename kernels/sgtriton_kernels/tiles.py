@@ -205,7 +205,9 @@ def _native_bsr_tile(which: str, M: int) -> BsrTile:
         return BsrTile(32, 4, 16, 1, 1)
     if M == 1:
         return BsrTile(16, 1, 64, 1, 1, "vector")
-    return BsrTile(4, 8 if M <= 8 else 16, 32, 1, 1, "weight_left")
+    if M <= 8:
+        return BsrTile(8, 1 << (M - 1).bit_length(), 64, 1, 1, "weight_left")
+    return BsrTile(4, 16, 64, 1, 1, "weight_left")
 
 
 @dataclass(frozen=True)
