@@ -382,6 +382,11 @@ EXPECTED = {
 }  # fmt: skip
 
 
+def keeps_its_depth(code, tile):
+    """Whether both operands are in the pipeline; products of registers store one stage less."""
+    return code.buffers in ((tile.num_stages,) * 2, (tile.num_stages - 1,) * 2)
+
+
 @pytest.mark.compiles
 @pytest.mark.parametrize("card", CARDS, ids=lambda card: str(card[1]))
 @pytest.mark.parametrize("which", PASSES)
@@ -408,6 +413,8 @@ def test_fused_kernels_compile_for(which, card):
                 stage = (out * w.itemsize + tile.BLOCK_M * x.itemsize) * depth + 4 * words
                 epilogue = tile.BLOCK_M * out * 2
                 assert code.shared <= max(stage * (tile.num_stages + 1), epilogue) + 64, case
+            if which == "dw" and card[0] == "cuda":
+                assert keeps_its_depth(code, tile), (case, code.buffers)
 
 
 @pytest.mark.compiles
@@ -445,6 +452,8 @@ def test_skipping_kernels_compile_for(which, card):
             depth = tile.BLOCK_K if which == "skip_fwd" else tile.BLOCK_N
             stage = (side * dtypes[1].itemsize + tile.BLOCK_M * dtypes[0].itemsize) * depth
             assert code.shared >= (tile.num_stages - 1) * stage, case
+        if card[0] == "cuda" and which == "skip_dw":
+            assert keeps_its_depth(code, tile), (case, code.buffers)
 
 
 @pytest.mark.compiles

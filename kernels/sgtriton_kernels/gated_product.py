@@ -373,13 +373,14 @@ def _gated_dw_kernel(
         steps *= is_open
         mask &= is_open != 0  # for loads: a closed block is not read
 
+    # dy is read transposed: as a left operand mma.sync's loop pipelines it in no other way
     acc = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
     for i in range(0, steps):
         offs_m = tl.cast(i, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
         mask_m = offs_m < M
         dy = tl.load(
-            dy_ptr + offs_m[:, None] * stride_dm + offs_n[None, :] * stride_dn,
-            mask=mask_m[:, None] & mask_n[None, :], other=0.0,
+            dy_ptr + offs_n[:, None] * stride_dn + offs_m[None, :] * stride_dm,
+            mask=mask_n[:, None] & mask_m[None, :], other=0.0,
         )  # fmt: skip
         x = tl.load(
             x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :] * stride_xk,
@@ -388,7 +389,7 @@ def _gated_dw_kernel(
         if SOFT_BF16:
             dy = dy.to(tl.float32)
             x = x.to(tl.float32)
-        acc = tl.dot(tl.trans(dy), x, acc, input_precision=PRECISION)
+        acc = tl.dot(dy, x, acc, input_precision=PRECISION)
 
     if NEED_DGATE:
         w = tl.load(

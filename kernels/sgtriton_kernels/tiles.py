@@ -277,7 +277,7 @@ def tile_for_gated_linear(
         native: for Triton's CPU compiler, which unrolls a tile.
     """
     if native:
-        return GatedTile(16, 16, 16, 1, 1)
+        return GatedTile(4, 16, 32, 1, 1) if which == "dw" else GatedTile(16, 16, 16, 1, 1)
     wide = x_dtype.itemsize > 2
     if not aligned:
         return _small_tile(which, M, block, wide)
