@@ -308,6 +308,8 @@ def _bsr_linear() -> Iterator[Variant]:
                 yield from _bsr_product("dx", dtype, (side, side), m)
             for m in ROWS[2:]:
                 yield from _bsr_product("dvalues", dtype, (side, side), m)
+            for nnz in (8, 64):  # so few that programs share the rows
+                yield from _bsr_product("dvalues", dtype, (side, side), SIZE, nnz=nnz)
     for which in ("fwd", "dx", "dvalues"):
         for block in ((16, 64), (128, 32)):
             yield from _bsr_product(which, bf16, block, 512)
@@ -326,10 +328,11 @@ def _bsr_product(
     m: int,
     tile: tiles.BsrTile | None = None,
     size: int = SIZE,
+    nnz: int | None = None,
 ) -> Iterator[Variant]:
-    """The launches of a pass whose weight has an eighth of its blocks."""
-    rows, cols = (-(-size // side) for side in block)
-    nnz, aligned = rows * cols // 8, size % 16 == 0
+    """The launches of a pass whose weight has ``nnz`` blocks, by default an eighth of them."""
+    (rows, cols), aligned = (-(-size // side) for side in block), size % 16 == 0
+    nnz = rows * cols // 8 if nnz is None else nnz
     if tile is None:
         tile = tiles.tile_for_bsr_linear(which, m, size, size, block, nnz, dtype, aligned)
     x2, dy2 = _empty(m, size, dtype=dtype), _empty(m, size, dtype=dtype)
@@ -373,7 +376,7 @@ def _bsr_product(
     text = f"n{block_n} m{block_m} k{block_k} s{launch.num_stages} w{launch.num_warps}"
     text += f" split {tile.split}" * (tile.split > 1)
     yield Variant(f"bsr_linear {which}", name, text, launch, rows=(m,), product=product)
-    for sums in later:  # of programs that share a block row
+    for sums in later:  # of programs that share a block row, or the rows of x
         text = f"{sums.constexprs['BLOCK_N']} of {sums.constexprs['SPLIT']}"
         yield Variant("bsr_linear sums", _TYPES[dtype], text, sums, rows=(m,))
 

@@ -163,6 +163,34 @@ def test_dvalues_are_exact(shape, dtype, device):
         assert (dvalues[case.outside] == 0).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("split", [3, 16])
+def test_dvalues_are_exact_however_rows_are_shared(split, dtype, device):
+    """Rows that no share takes whole, fewer steps than shares, one row, none; no block."""
+    if not INTERPRETED and dtype == FP16:
+        pytest.skip("the other dtypes and the interpreter cover it")
+    tile = replace(TILE, split=split)
+    for m in (0, 1, 17, 77):
+        shape = (m, 40, 70)
+        found = patterns(*grid(shape, (16, 32)))
+        for name in found if m == 17 else ["random"]:
+            open = found[name]
+            case = Case(shape, (16, 32), open, dtype, device)
+            dvalues = case.dvalues(tile)
+            assert (dvalues.dtype, dvalues.is_contiguous()) == (dtype, True)
+            assert_exact(f"{m} rows, {name}", dvalues, case.dvalues64())
+            assert (dvalues[case.outside] == 0).all()
+
+
+def test_shared_rows_are_added_up_in_the_same_order(device):
+    shape = (300, 32, 48)
+    case = Case(shape, (16, 16), some(shape, (16, 16)), FP32, device, torch.randn)
+    outs = [case.dvalues(replace(TILE, split=5)) for _ in range(10)]
+    assert all(torch.equal(out, outs[0]) for out in outs)
+    torch_out = case.blocks_of(case.dy.T @ case.x)
+    assert_within_twice("dvalues", outs[0], case.dvalues64(), torch_out)
+
+
 BLOCKS = [(16, 16), (32, 32), (16, 64), (64, 16), (64, 64), (128, 32), (256, 16)]
 
 
@@ -437,8 +465,12 @@ def test_tiles_are_legal():
             assert rows in (16, 32, 64, 128)
             step = {"fwd": (n + rows) * k, "dx": (k + rows) * n, "dvalues": (n + k) * rows}[which]
             assert step * dtype.itemsize * tile.num_stages <= 96 * 1024
-            assert tile.split in (1, 2, 4, 8)
-            assert tile.split == 1 or (m <= 256 and which != "dvalues")
+            if which == "dvalues":
+                assert tile.split in (1, 2, 4, 8, 16)
+                assert tile.split == 1 or m >= tile.split * 16 * rows
+            else:
+                assert tile.split in (1, 2, 4, 8)
+                assert tile.split == 1 or m <= 256
 
 
 def test_few_programs_share_long_rows():
@@ -452,6 +484,18 @@ def test_few_programs_share_long_rows():
     assert split(128, 64 * 64)[0] == "x_left"
     assert split(4096, 64 * 64) == ("x_left", 1)
     assert split(8, 64 * 64) == ("vector", 1)
+
+
+def test_few_blocks_share_many_rows():
+    def split(m, nnz, dtype=BF16, block=(64, 64)):
+        return tile_for_bsr_linear("dvalues", m, 4096, 4096, block, nnz, dtype).split
+
+    assert split(1 << 16, 1) == 16
+    assert split(4096, 1) == 8  # 128 steps of 32 rows
+    assert split(4096, 64) == 4  # 256 programs
+    assert split(4096, 512) == 1
+    assert split(4096, 8, FP32) == 16  # two tiles a block, 256 steps
+    assert split(512, 1) == split(1, 1) == split(0, 1) == 1
 
 
 def test_fp32_precision_follows_the_switch_of_pytorch(device, monkeypatch):
@@ -495,6 +539,7 @@ def test_kernels_compile_for_every_card(card):
         *shipped("dx", BF16, (64, 64), 16),
         *shipped("dx", BF16, (128, 128), 512),
         *shipped("dvalues", BF16, (64, 64), 512),
+        *shipped("dvalues", BF16, (128, 128), 4096, nnz=8),  # programs share the rows
     ]
     for variant, row in zip(chosen, compile_report.report(chosen, [target], 1), strict=True):
         case = f"{variant.op} {variant.name} {variant.tile}"

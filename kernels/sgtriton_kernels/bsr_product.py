@@ -171,7 +171,8 @@ def bsr_linear_dvalues(
         values: ``[nnz, bn, bk]``; its shape, dtype and device only. Sides are powers of two >= 16.
         row, col, perm: ``[nnz + 1]``, ``[nnz + 1]``, ``[nnz]`` int32, of :class:`.BlockSparse`:
             block ``perm[j]`` lies in block row ``row[j]``, block column ``col[perm[j]]``.
-        tile: what one program computes.
+        tile: what one program computes; ``split`` programs share the rows, and their sums are
+            added in a fixed order.
 
     Returns:
         ``[nnz, bn, bk]``, dtype of ``values``, contiguous; 0 beyond a ragged edge.
@@ -180,23 +181,28 @@ def bsr_linear_dvalues(
     out = values.new_empty(values.shape)
     if nnz == 0:
         return out
-    block_n, block_k = min(tile.BLOCK_N, bn), min(tile.BLOCK_K, bk)
-    grid = (nnz * (bn // block_n) * (bk // block_k),)
+    block_n, block_k, split = min(tile.BLOCK_N, bn), min(tile.BLOCK_K, bk), tile.split
+    sums = out
+    if split > 1:
+        sums = torch.empty((split, *out.shape), dtype=torch.float32, device=x2.device)
+    grid = (nnz * (bn // block_n) * (bk // block_k) * split,)
     with device_of(x2):
         _bsr_dvalues_kernel[grid](
             dy2, x2,
             row, col, perm,
-            out,
-            m, n, k,
+            sums,
+            nnz, m, n, k,
             *row_strides(dy2),
             *row_strides(x2),
             ALIGNED_DY=is_aligned(dy2), ALIGNED_X=is_aligned(x2),
             SOFT_BF16=soft_bf16(x2.dtype, x2.device),
             PRECISION=dot_precision(),
-            BN=bn, BK=bk,
+            BN=bn, BK=bk, SPLIT=split,
             BLOCK_M=tile.BLOCK_M, BLOCK_N=block_n, BLOCK_K=block_k,
             **launch_options(x2.device, tile.num_stages, tile.num_warps),
         )  # fmt: skip
+    if split > 1:
+        _add_up(sums.view(split, 1, -1), None, None, "none", out.view(1, -1))
     return out
 
 
@@ -548,7 +554,7 @@ def _bsr_product_kernel(
             if READ == "columns":
                 x = tl.load(x_ptrs)
             else:
-                x = tl.load(x_ptrs, mask=mask_x, other=0.0)
+                x = tl.load(x_ptrs, mask=mask_x, other=0.0)  # pyright: ignore
             if PAIRS:
                 values = tl.load(values_ptrs, mask=mask_v & (block >= 0), other=0.0)
             elif EVEN_RED:
@@ -693,12 +699,13 @@ def _bsr_add_up_kernel(
     tl.store(out_ptr + offs, out, mask=mask_n)
 
 
-@triton.jit(do_not_specialize=["M", "N", "K", "stride_dm", "stride_dn", "stride_xm", "stride_xk"])
+@triton.jit(do_not_specialize=["NNZ", "M", "N", "K",
+                               "stride_dm", "stride_dn", "stride_xm", "stride_xk"])  # fmt: skip
 def _bsr_dvalues_kernel(
     dy_ptr, x_ptr,  # [M, N], [M, K]
     row_ptr, col_ptr, perm_ptr,  # [nnz + 1], [nnz + 1], [nnz]
-    dvalues_ptr,  # [nnz, BN, BK] out, contiguous
-    M, N, K,
+    dvalues_ptr,  # [NNZ, BN, BK] out, contiguous; where SPLIT > 1 [SPLIT, NNZ, BN, BK] fp32
+    NNZ, M, N, K,
     stride_dm, stride_dn,
     stride_xm, stride_xk,
     ALIGNED_DY: tl.constexpr,  # stride_dn is 1; stride_dm and N are multiples of 16
@@ -706,6 +713,7 @@ def _bsr_dvalues_kernel(
     SOFT_BF16: tl.constexpr,
     PRECISION: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr,  # sides of a block
+    SPLIT: tl.constexpr,  # programs that share the rows
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     if ALIGNED_DY:
@@ -721,6 +729,13 @@ def _bsr_dvalues_kernel(
 
     # in transposed order: neighbours share a strip of x
     pid = tl.program_id(0).to(tl.int64)
+    start, end = 0, tl.cdiv(M, BLOCK_M)
+    if SPLIT > 1:
+        programs = NNZ * (PARTS_N * PARTS_K)
+        share, pid = pid // programs, pid % programs
+        length = tl.cdiv(end, SPLIT)
+        start = share.to(tl.int32) * length
+        end = tl.minimum(start + length, end)
     j = pid // (PARTS_N * PARTS_K)
     which = tl.load(perm_ptr + j).to(tl.int64)
     row = tl.load(row_ptr + j).to(tl.int64)
@@ -735,7 +750,7 @@ def _bsr_dvalues_kernel(
     # What overhangs a ragged edge is read as 0, and so are its sums. dy is read transposed: as a
     # left operand mma.sync's loop pipelines it in no other way.
     acc = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
-    for i in range(0, tl.cdiv(M, BLOCK_M)):
+    for i in range(start, end):
         offs_m = tl.cast(i, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
         mask_m = offs_m < M
         dy = tl.load(
@@ -751,7 +766,8 @@ def _bsr_dvalues_kernel(
             x = x.to(tl.float32)
         acc = tl.dot(dy, x, acc, input_precision=PRECISION)
 
-    tl.store(
-        dvalues_ptr + which * (BN * BK) + offs_bn[:, None] * BK + offs_bk[None, :],
-        rounded(acc, dvalues_ptr.dtype.element_ty, SOFT_BF16),
-    )
+    offs = which * (BN * BK) + offs_bn[:, None] * BK + offs_bk[None, :]
+    if SPLIT > 1:
+        tl.store(dvalues_ptr + share * NNZ * (BN * BK) + offs, acc)  # pyright: ignore
+    else:
+        tl.store(dvalues_ptr + offs, rounded(acc, dvalues_ptr.dtype.element_ty, SOFT_BF16))

@@ -33,7 +33,8 @@ class BsrTile:
         form: ``"x_left"``: x is the left operand; ``"weight_left"``: the weight is,
             ``y^T = W x^T``; ``"vector"``: no matrix instructions; ``"pairs"``: two block rows
             share what they read of ``x``, and ``BLOCK_N`` is twice the block's side.
-        split: programs that share a block row's blocks; their sums are added in a fixed order.
+        split: programs that share a block row's blocks, for the gradient of the values the rows
+            of ``x``; their sums are added in a fixed order.
         bulk: whether the copy engine brings tiles in, on cards that have one and where rows are
             aligned and blocks fill the dimension that is added up.
     """
@@ -137,11 +138,12 @@ def tile_for_bsr_linear(
     - Outputs: the block's side, up to 128.
     - Depth of a step: the block's side, up to 64 (128 bytes of fp16, one full line); 32 beside the
       largest accumulator; 16 for fp32.
-    - dvalues: up to 128 x 64 values, for fp32 64 x 32, rows in steps of 32 and 16.
+    - dvalues: up to 128 x 64 values, 64 x 64 where that leaves fewer than one program a
+      multiprocessor, for fp32 64 x 32; rows in steps of 32 and 16.
     - Rows that are not aligned: 32 on each side, in two stages. Reading by the element takes
       registers, and a size that 16 does not divide should be rare.
     - ``split``: up to 8 where there are fewer than two programs a multiprocessor, while each keeps
-      8 steps.
+      8 steps; dvalues: up to 16, and 16 steps, since each program leaves sums of a whole tile.
     - ``num_warps``: 8 for an accumulator or a step of values above 64 x 64 (fp32: from 32 x 64), 2
       for an accumulator up to 16 x 32, else 4.
     - ``num_stages``: up to 4, as both operands' tiles stay under 96 KB of shared memory, and one
@@ -165,11 +167,15 @@ def tile_for_bsr_linear(
         return BsrTile(16, rows, min(bk, 64), 4 if rows < 8 else 3, 4 if bk > 32 else 2, "vector")
     form, split = "x_left", 1
     if which == "dvalues":
-        block_n = min(bn, 64 if wide else 128, most)
         block_k = min(bk, 32 if wide else 64, most)
+        few = 2 * max(nnz, 1) * bn * bk <= _PROGRAMS * 128 * 64
+        block_n = min(bn, 64 if wide or few else 128, most)
         block_m = 16 if wide else 32
         area, values = block_n * block_k, 0
         step = (block_n + block_k) * block_m
+        programs = max(nnz, 1) * (bn // block_n) * (bk // block_k)
+        while split < 16 and 2 * split * programs <= _PROGRAMS and 2 * split * 16 * block_m <= M:
+            split *= 2
     else:
         side, inner = (bn, bk) if which == "fwd" else (bk, bn)
         out = min(side, 64 if wide and which == "dx" else 128, most)
@@ -200,7 +206,7 @@ def tile_for_bsr_linear(
 def _native_bsr_tile(which: str, M: int) -> BsrTile:
     """Sums that fit the registers of AVX2, 4 x 16; measured on two cores with blocks of 64."""
     if which == "dvalues":
-        return BsrTile(4, 16, 16, 1, 1)
+        return BsrTile(4, 8, 32, 1, 1)
     if which == "dx":
         return BsrTile(32, 4, 16, 1, 1)
     if M == 1:
