@@ -308,6 +308,9 @@ def _bsr_linear() -> Iterator[Variant]:
                 yield from _bsr_product("dx", dtype, (side, side), m)
             for m in ROWS[2:]:
                 yield from _bsr_product("dvalues", dtype, (side, side), m)
+            if side == 128:  # with more block rows tiles are wider
+                for m in (16, 32, 64):
+                    yield from _bsr_product("fwd", dtype, (side, side), m, size=3 * SIZE)
             for nnz in (8, 64):  # so few that programs share the rows
                 yield from _bsr_product("dvalues", dtype, (side, side), SIZE, nnz=nnz)
     for which in ("fwd", "dx", "dvalues"):

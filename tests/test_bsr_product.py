@@ -486,6 +486,19 @@ def test_few_programs_share_long_rows():
     assert split(8, 64 * 64) == ("vector", 1)
 
 
+def test_few_rows_take_parts_of_large_blocks():
+    def tile(m, n, dtype=BF16):
+        tile = tile_for_bsr_linear("fwd", m, n, 4096, (128, 128), 100, dtype)
+        return tile.form, tile.BLOCK_N, tile.BLOCK_M
+
+    assert tile(16, 4096) == ("x_left", 32, 16)  # 128 programs instead of 32
+    assert tile(64, 4096) == ("x_left", 32, 64)
+    assert tile(16, 14336) == ("weight_left", 64, 16)  # 224 instead of 112
+    assert tile(16, 32768) == ("weight_left", 128, 16)
+    assert tile(128, 4096) == ("x_left", 128, 128)
+    assert tile(64, 4096, FP32)[1] == 128
+
+
 def test_few_blocks_share_many_rows():
     def split(m, nnz, dtype=BF16, block=(64, 64)):
         return tile_for_bsr_linear("dvalues", m, 4096, 4096, block, nnz, dtype).split

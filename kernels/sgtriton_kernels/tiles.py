@@ -87,6 +87,13 @@ BSR_LINEAR_CANDIDATES = _candidates(
             (64, 32, 4, 4), (64, 64, 3, 4), (128, 32, 3, 4), (128, 64, 3, 8),
         )
     ),
+    # parts of large blocks, for few rows
+    *(
+        BsrTile(n, m, 64, 4, warps)
+        for n, m, warps in (
+            (16, 16, 2), (16, 32, 2), (16, 64, 4), (32, 16, 2), (32, 32, 4), (32, 64, 4),
+        )
+    ),
     *(
         BsrTile(128, m, k, stages, warps, "weight_left", split)
         for m, k, stages, warps in ((16, 64, 4, 4), (16, 128, 3, 4), (32, 64, 3, 4), (64, 64, 3, 4))
@@ -135,7 +142,9 @@ def tile_for_bsr_linear(
     - Rows (``BLOCK_M``): the power of two that covers ``M``, from 16 (the least a matrix
       instruction takes) to 128; for fp32 to 64 and an accumulator of 64 x 64, since its products
       take registers instead of matrix units.
-    - Outputs: the block's side, up to 128.
+    - Outputs: the block's side, up to 128. Forward of up to 64 rows halves 128 down to 32 while
+      there are fewer than two programs a multiprocessor: 32 block rows of 128 would occupy a
+      quarter of an H100, which the roofline model predicts to cost up to half of the speed.
     - Depth of a step: the block's side, up to 64 (128 bytes of fp16, one full line); 32 beside the
       largest accumulator; 16 for fp32.
     - dvalues: up to 128 x 64 values, 64 x 64 where that leaves fewer than one program a
@@ -181,12 +190,15 @@ def tile_for_bsr_linear(
         out = min(side, 64 if wide and which == "dx" else 128, most)
         block_m = max(16, rows)
         block_m = min(block_m, 64, 64 * 64 // out, most) if wide else min(block_m, most)
+        lists = -(-(N if which == "fwd" else K) // side)
+        if which == "fwd" and not wide and M <= 64 and out == 128:
+            while out > 32 and 2 * lists * (side // out) <= _PROGRAMS:
+                out //= 2
         area = block_m * out
         depth = min(inner, 16 if wide else 32 if area > 64 * 128 else 64, most)
         values, step = out * depth, (block_m + out) * depth
         if not wide and out >= 64 and M < 64:
             form = "weight_left"
-        lists = -(-(N if which == "fwd" else K) // side)
         programs = lists * (side // out) * -(-M // block_m)
         steps = nnz * (inner // depth) // max(lists, 1)
         while split < 8 and 2 * split * programs <= _PROGRAMS and steps >= 2 * split * 8:
