@@ -47,10 +47,19 @@ class BlockIndex:
     Args:
         rows, columns: ``[blocks]`` int64. Block row of each block, not falling, and block column.
         grid: block rows and block columns.
+        starts: ``[block rows + 1]`` int64, where that is known.
     """
 
-    def __init__(self, rows: torch.Tensor, columns: torch.Tensor, grid: tuple[int, int]):
+    def __init__(
+        self,
+        rows: torch.Tensor,
+        columns: torch.Tensor,
+        grid: tuple[int, int],
+        starts: torch.Tensor | None = None,
+    ):
         self.rows, self.columns, self.grid = rows, columns, grid
+        if starts is not None:
+            self.starts = starts
         self._batches: dict[int, list[tuple[int, int, torch.Tensor, torch.Tensor]]] = {}
         # values, their address, and the matrix that was made of them; see :mod:`.bsr_row`
         self.library_matrix: tuple[torch.Tensor, int, torch.Tensor | None] | None = None

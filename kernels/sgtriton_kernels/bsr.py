@@ -226,7 +226,8 @@ class BlockSparse:
         index = self.__dict__.get("_index")
         if index is None:
             grid = (self.block_rows, self.block_cols)
-            index = BlockIndex(self.block_row.long(), self.col[: self.nnz].long(), grid)
+            rows, columns = self.block_row.long(), self.col[: self.nnz].long()
+            index = BlockIndex(rows, columns, grid, self.crow.long())
             object.__setattr__(self, "_index", index)
         return index
 
