@@ -372,6 +372,7 @@ def tile_for_bsr_conv(
       16).
     - dvalues: pixels are what is added up, in steps of 32 (fp32: 16). ``split``: up to 16 while
       there are fewer than two programs a multiprocessor of a large card, and each keeps 16 steps.
+      8 warps for blocks above 64, of which four spill 8 bytes on sm_86 and sm_89.
 
     Args:
         which: ``"fwd"`` | ``"dx"`` | ``"dvalues"``.
@@ -394,7 +395,8 @@ def tile_for_bsr_conv(
         while split < 16 and 2 * split * programs <= 264 and pixels >= 2 * split * 16 * block_m:
             split *= 2
         stages = 2 if small else 3
-        return BsrTile(block_n, block_m, block_k, stages, 4, split=split)
+        warps = 8 if max(block) > 64 else 4
+        return BsrTile(block_n, block_m, block_k, stages, warps, split=split)
     block_m = 16 if pixels <= 16 else 32 if small else 64 if pixels <= 4096 else 128
     if which == "fwd":
         block_n, block_k = min(block[0], most), min(block[1], depth)
