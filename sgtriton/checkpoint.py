@@ -43,6 +43,9 @@ from .stored import StoredWeight, served_block
 
 log = logging.getLogger(__name__)
 
+_LONGEST = 500  # characters of a reason
+_MOST_SPEEDUP = 1e6
+
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write a model's state, of its gated and sparse layers the open weights only.
@@ -111,8 +114,11 @@ def load(model: Model, path: str | os.PathLike[str]) -> Model:
         layer, entry = modules[name], description["layers"][name]
         like = layer.values if isinstance(layer, SparseModule) else layer.weight
         stored[name] = part = stored_like(part, like.detach())  # pyright: ignore
-        serve[name] = served_block(part.layout, entry.get("serve_block"))
         recorded = forms[name]
+        if recorded is None or "serve_block" in entry:
+            serve[name] = served_block(part.layout, entry.get("serve_block"))
+        else:
+            serve[name] = None  # the layer that was saved had none
         if recorded is None or entry["device"] != like.device.type:
             plans[name] = plan_forms(
                 layer, part, serve_block=serve[name], dense_copy=entry["dense_copy"]
@@ -171,7 +177,7 @@ def _describe(layer: nn.Module) -> dict[str, Any]:
         "gate_block": list(layer.gate_block),  # pyright: ignore
         "gate_kind": layer.gate_kind,
         "forms": layer.forms if sparse else None,
-        "reason": layer.reason if sparse else "",
+        "reason": _printable(layer.reason) if sparse else "",
         "dense_copy": layer._dense_copy if sparse else True,
         "device": device.type,  # pyright: ignore
     }
@@ -179,6 +185,11 @@ def _describe(layer: nn.Module) -> dict[str, Any]:
         optional = ("serve_block", "expected", "measured")
         described |= {field: value for field in optional if (value := getattr(layer, field))}
     return described
+
+
+def _printable(reason: str) -> str:
+    """A reason as files hold it: what a terminal would obey, or is too long, is left out."""
+    return "".join(filter(str.isprintable, reason))[:_LONGEST]
 
 
 def _other_state(model: nn.Module, layers: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
@@ -276,7 +287,7 @@ def _check_entry(shown: str, entry: Any) -> None:
             bucket in BUCKETS
             and isinstance(speedup, (int, float))
             and not isinstance(speedup, bool)
-            and 0 < speedup < math.inf
+            and 0 < speedup <= _MOST_SPEEDUP
             for bucket, speedup in value.items()
         )
 
@@ -287,7 +298,7 @@ def _check_entry(shown: str, entry: Any) -> None:
         "gate_block": is_block,
         "gate_kind": lambda v: v in (*GATE_KINDS, NO_GATES),
         "forms": is_forms,
-        "reason": lambda v: isinstance(v, str) and len(v) <= 500,
+        "reason": lambda v: isinstance(v, str) and len(v) <= _LONGEST and v.isprintable(),
         "dense_copy": lambda v: isinstance(v, bool),
         "device": lambda v: isinstance(v, str),
     }

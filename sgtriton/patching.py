@@ -170,7 +170,7 @@ def find_layers(model: nn.Module) -> tuple[dict[str, nn.Module], list[Skipped]]:
     """
     from .sparse_layers import SparseModule
 
-    read_by = _read_by_parents(model)
+    read_by = read_by_parents(model)
     ties = tied(model)
     targets: dict[str, nn.Module] = {}
     skipped: list[Skipped] = []
@@ -263,7 +263,7 @@ def why_not(
     return None
 
 
-def _read_by_parents(model: nn.Module) -> dict[int, str]:
+def read_by_parents(model: nn.Module) -> dict[int, str]:
     """``{id of a layer: the parent that reads its weight}``."""
     return {
         id(module.out_proj): f"{type(module).__name__} {name}".strip()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import math
+import itertools
 import statistics
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -14,6 +15,7 @@ from sgtriton_kernels.dense_products import dense_linear
 from torch import nn
 
 from .compact import compact
+from .cost_model import expected_speedup
 from .pruned import shown
 from .sparse_layers import (
     BUCKETS,
@@ -102,6 +104,7 @@ def plan_forms(
         assert merged is not None
         shares["merged"] = merged.density
         calls["merged"] = _block_call(layer, merged)
+    _drop_unserved(calls, shares, stored.layout.block, weight.device)
     others = {name: calls[name] for name in FORMS if name in calls}
     if not others:
         return Plan(dict.fromkeys(BUCKETS, "dense"), _WHY_DENSE)
@@ -114,6 +117,14 @@ def plan_forms(
         values = stored.tensors()["values"]
         calls = {name: _with_backward(call, values) for name, call in calls.items()}
     return _by_timing(layer, stored.layout, calls, shares, serve_block, weight)
+
+
+def _drop_unserved(
+    calls: dict[str, Call], shares: dict[str, float], block: tuple[int, int], device: torch.device
+) -> None:
+    """On cards: the kernels do not serve every block of gates, those it is merged into they do."""
+    if device.type != "cpu" and "merged" in calls and not fits_kernels(block):
+        del calls["sparse"], shares["sparse"]
 
 
 _WHY_DENSE = "per-weight gates are computed dense"
@@ -157,83 +168,6 @@ def _by_lookup(
     return Plan(forms, f"by the cost model, at M={at}", expected)
 
 
-# The cost model, by kind of device; for cards rough, for want of a measurement. For a CPU fitted to
-# the fp32 cells of bench/results/serving.csv: two AVX2 cores, weights of 1024x1024, 4096x1024 and
-# 1024x4096, M of 1, 16, 64 and 512, blocks of 16, 32 and 64, 50 to 95 % closed. What it expects of
-# sparse is within a factor of 1.5 of the measured speed-up in 90 % of them, and of 2.5 in all; in
-# bf16, to which only the slow rate was fitted, within 1.5 in 75 %.
-_RATES = {"cpu": (1.4e11, 5.5e10), "cuda": (2e14, 2e12)}  # operations, bytes, in a second
-_REACHED = {  # of these, by a block's shorter side
-    "cpu": {64: 0.65, 32: 0.5, 16: 0.33, 1: 0.05},
-    "cuda": {64: 0.6, 32: 0.45, 16: 0.25, 1: 0.05},
-}
-# seconds
-_CALL = {"dense": 5e-6, "dense_left": 1e-5, "compacted": 1e-5, "sparse": 7e-5, "merged": 7e-5}
-# seconds for each weight that the library takes on a CPU to pack a right operand in each call, or
-# loses by using one thread only for one row of x
-_PACKING, _ONE_ROW = 1.7e-10, 5e-11
-# by rows of x, how much faster dense_left is there: measured for these weights at M of 1, 2, 4, ...
-# 128, it was within a factor of 1.35 of this, but at 2 (1.2x to 1.7x) and at 4 (2.3x to 2.9x)
-_LEFT = {1: 1.8, 8: 1.4, 32: 1.6, 128: 1.3}
-_SLOW_RATE = 2.1e10  # of the library's products of 16 bits on a CPU without instructions for them
-
-
-def expected_speedup(
-    form: str,
-    block: tuple[int, int],
-    share: float,
-    weight_shape: tuple[int, ...],
-    rows: int,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> float:
-    """How much faster than the dense product a form is expected to be.
-
-    Args:
-        form: one of ``FORMS``.
-        block: of the stored weight that it reads.
-        share: of the dense weights that it reads.
-        weight_shape: of the dense weight.
-        rows: of x.
-        dtype, device: of the weight.
-    """
-    size = math.prod(weight_shape)
-    dense, other = (
-        _expected_seconds(name, block, part * size, rows, dtype, device)
-        for name, part in (("dense", 1.0), (form, share))
-    )
-    return dense / other
-
-
-def _expected_seconds(
-    form: str,
-    block: tuple[int, int],
-    weights: float,
-    rows: int,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> float:
-    """Seconds of a form that reads so many weights."""
-    kind = device.type if device.type in _RATES else "cuda"
-    (rate, bandwidth), size, beside = _RATES[kind], dtype.itemsize, 0.0
-    by_library = form in ("dense", "compacted")
-    if kind == "cpu" and size < 4 and by_library and _is_slow_at_16_bits():
-        rate = _SLOW_RATE
-    elif kind == "cpu":
-        size = max(size, 4)  # the other forms compute in fp32
-        if by_library or form == "dense_left":
-            beside = _ONE_ROW if rows == 1 else _PACKING
-        if form == "dense_left":
-            weights /= next((gain for most, gain in _LEFT.items() if rows <= most), 1.0)
-    if form in ("sparse", "merged"):
-        weights /= next(part for side, part in _REACHED[kind].items() if min(block) >= side)
-    return _CALL[form] + weights * (max(2 * rows / rate, size / bandwidth) + beside)
-
-
-def _is_slow_at_16_bits() -> bool:
-    return "AVX512" not in torch.backends.cpu.get_cpu_capability()
-
-
 def lookup_form(
     layout: GateLayout,
     density: Mapping[str, float],
@@ -266,8 +200,25 @@ def lookup_form(
         )
         for form, share in density.items()
     }
-    best = max(speedups, key=lambda form: speedups[form])
-    return (best, speedups[best]) if _MARGIN * speedups[best] > 1 else ("dense", 1.0)
+    best = _fastest(speedups, dtype)
+    return ("dense", 1.0) if best is None else (best, speedups[best])
+
+
+def _right_ones(calls: Mapping[str, Call], x: torch.Tensor) -> dict[str, Call]:
+    """The calls without those that give other results than dense, of which a warning is given."""
+    outs = {form: call(x) for form, call in calls.items()}
+    dense = outs["dense"]
+    bound = (2e-2 if dense.dtype.itemsize < 4 else 1e-3) * dense.abs().max()
+    right = dict(calls)
+    for form, out in outs.items():
+        if dense.isfinite().all() and not (out - dense).abs().max() <= bound:
+            warnings.warn(
+                f"the {form} form gives other results than the dense one for an input of shape "
+                f"{list(x.shape)}: it is not taken; please report it",
+                stacklevel=2,
+            )
+            del right[form]
+    return right
 
 
 def _by_timing(
@@ -278,38 +229,42 @@ def _by_timing(
     serve_block: tuple[int, int] | None,
     weight: torch.Tensor,
 ) -> Plan:
-    if weight.device.type != "cpu" and not fits_kernels(layout.block) and "merged" in calls:
-        # the Triton kernels do not serve the gates' own blocks
-        calls = {form: call for form, call in calls.items() if form != "sparse"}
     forms, expected, measured, beside = {}, {}, {}, {}
     random = torch.Generator(weight.device).manual_seed(0)  # the user's generator stays
-    for bucket, all_rows in (_ROWS if weight.dim() == 2 else _ROWS_OF_CONV).items():
+    inputs = {
+        bucket: [_example_input(layer, rows, weight, random) for rows in all_rows]
+        for bucket, all_rows in (_ROWS if weight.dim() == 2 else _ROWS_OF_CONV).items()
+    }
+    for x in itertools.chain.from_iterable(inputs.values()):
+        calls = _right_ones(calls, x)
+    if len(calls) == 1:
+        return Plan(dict.fromkeys(BUCKETS, "dense"), "the other forms give other results")
+    for bucket, xs in inputs.items():
         speedups: dict[str, list[float]] = {form: [] for form in calls}
-        for rows in all_rows:
-            times = _times(calls, _example_input(layer, rows, weight, random))
+        for x in xs:
+            times = _times(calls, x)
             for form, ms in times.items():
                 speedups[form].append(times["dense"] / ms)
         worth = {form: _worth(found) for form, found in speedups.items() if form != "dense"}
-        faster = [form for form in worth if worth[form] > 1 / _margin(form, weight.dtype)]
-        other = max(faster or worth, key=lambda form: worth[form])
-        if faster:
-            forms[bucket] = other
-        else:  # how near the sparse ones came is what one wants to know
-            forms[bucket] = "dense"
+        other = _fastest(worth, weight.dtype)
+        forms[bucket] = other or "dense"
+        if other is None:  # how near the sparse ones came is what one wants to know
             sparse = [form for form in worth if form != "dense_left"]
-            other = max(sparse or [other], key=lambda form: worth[form])
+            other = max(sparse or worth, key=lambda form: worth[form])
         beside[bucket], measured[bucket] = other, worth[other]
         block = serve_block if other == "merged" and serve_block else layout.block
         expected[bucket] = expected_speedup(
-            other, block, shares[other], layout.weight_shape, all_rows[-1], weight.dtype,
-            weight.device,
+            other, block, shares[other], layout.weight_shape, _ROWS[bucket][-1],
+            weight.dtype, weight.device,
         )  # fmt: skip
     return Plan(forms, _speedups_in_words(beside, measured), expected, measured)
 
 
-def _margin(form: str, dtype: torch.dtype) -> float:
-    """What a form may take of the time of dense, at the most, to be taken in its place."""
-    return _MARGIN_WIDE if form == "dense_left" and dtype.itemsize < 4 else _MARGIN
+def _fastest(speedups: Mapping[str, float], dtype: torch.dtype) -> str | None:
+    """The form that is fastest of those that beat dense by more than their margin."""
+    margins = {"dense_left": _MARGIN_WIDE} if dtype.itemsize < 4 else {}
+    faster = [form for form in speedups if margins.get(form, _MARGIN) * speedups[form] > 1]
+    return max(faster, key=lambda form: speedups[form], default=None)
 
 
 def _worth(speedups: list[float]) -> float:

@@ -16,7 +16,15 @@ from sgtriton_kernels.bsr import nonzero_blocks
 from torch import nn
 from torch.nn.utils import prune
 
-from .patching import Pattern, all_names, find_layers, matcher, tied, why_not
+from .patching import (
+    Pattern,
+    all_names,
+    find_layers,
+    matcher,
+    read_by_parents,
+    tied,
+    why_not,
+)
 from .stored import StoredWeight
 
 _LEFT_DENSE = "_sgtriton_left_dense"  # block of which a layer held no zero one
@@ -127,7 +135,7 @@ def shown(block: Block) -> str:
 
 def _masked_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Layers under ``torch.nn.utils.prune`` that could be patched once it is made permanent."""
-    ties, layers = None, {}
+    ties, layers, readers = None, {}, read_by_parents(model)
     for name, module in model.named_modules():
         if not any(
             isinstance(hook, prune.BasePruningMethod) and hook._tensor_name == "weight"  # pyright: ignore
@@ -139,6 +147,6 @@ def _masked_layers(model: nn.Module) -> dict[str, nn.Module]:
         twin._parameters["weight"] = twin._parameters.pop("weight_orig")
         ties = tied(model) if ties is None else ties
         shared = f"{name}.weight_orig".removeprefix(".") in ties
-        if why_not(name, twin, {}, {}) is None and not shared:
+        if id(module) not in readers and why_not(name, twin, {}, {}) is None and not shared:
             layers[name] = module
     return layers

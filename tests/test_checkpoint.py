@@ -936,7 +936,7 @@ def test_paths_may_be_text_relative_and_have_any_letters(tmp_path, monkeypatch):
 OPTIONAL = {
     "serve_block": [[4], [4, 6], [0, 4], [True, 4], "44", [2, 2]],
     "expected": [[], "fast", {"1": 0}, {"1": -1.0}, {"1": True}, {"1": "2"}, {"7": 2.0},
-                 {"1": float("inf")}, {"1": float("nan")}],
+                 {"1": float("inf")}, {"1": float("nan")}, {"1": 10**400}],
     "measured": [{"1": None}, {">128": [1.0]}],
 }  # fmt: skip
 
@@ -962,6 +962,31 @@ def test_forms_blocks_and_speedups_are_recorded(path, target):
     assert list(again[3].forms) == list(BUCKETS)
     assert_exact("out", again(X), model(X))
     assert str(sgtriton.summary(again)) == str(sgtriton.summary(model))
+
+
+@pytest.mark.parametrize("reason", ["\x1b[2J\x1b]0;title\x07", "two\nlines", "x" * 501])
+def test_file_says_nothing_that_a_terminal_would_obey(path, reason):
+    """A reason is printed by ``summary``: escape codes in it came through."""
+    sgtriton.save(two_blocks(), path)
+    description, tensors = unpack(path)
+    description["layers"]["3"]["reason"] = reason
+    pack(path, description, tensors)
+    refuse(net(), path, "3: damaged: reason")
+
+
+def test_reason_that_a_file_would_refuse_is_saved_without_what_it_refuses(path):
+    model = two_blocks()
+    model[3].set_forms(dict.fromkeys(BUCKETS, "dense"), "\x1b" + "y" * 600, True)
+    sgtriton.save(model, path)
+    assert sgtriton.load(net(), path)[3].reason == "y" * 500
+
+
+def test_layer_without_a_merged_form_has_none_after_a_load(path):
+    """Its 4x4 blocks were asked to be served as they are; the load gave it blocks of 16x16."""
+    model = sgtriton.sparsify(patched(), form="sparse", serve_block=(4, 4))
+    assert model[3].serve_block is None
+    sgtriton.save(model, path)
+    assert sgtriton.load(net(), path)[3].serve_block is None
 
 
 @torch.no_grad()

@@ -30,6 +30,14 @@ def test_whole_numbers_are_exact(lead, dtype):
             assert_exact(f"{n} {bias is None}", out, expected)
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (1, 41), (3, 39), (2, 20), (4, 10, 8), ()], ids=str)
+@pytest.mark.usefixtures("threads")
+def test_input_of_another_width_is_refused(shape):
+    """One number was taken for a whole row, and rows were cut anew."""
+    with pytest.raises(ValueError, match=r"x must be \[\.\.\., 40\] for a weight of shape"):
+        dense_linear(torch.ones(shape), torch.ones(6, 40), None)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("m", [1, 5, 200])
 def test_error_is_within_twice_that_of_pytorch(m, dtype):

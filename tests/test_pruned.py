@@ -322,3 +322,19 @@ def test_shared_layer_is_turned_once():
     sgtriton.sparsify(model, block=(4, 4), form="dense", include="b")
     assert type(model["a"]) is BlockSparseLinear
     assert model["a"] is model["b"]
+
+
+def test_masked_projection_of_attention_stays_a_layer_that_it_can_read():
+    """Attention reads the weight of ``out_proj``; with a mask on it the layer was made sparse."""
+    attention = nn.MultiheadAttention(16, 2)
+    attention.out_proj = nn.Linear(16, 16)
+    prune.ln_structured(attention.out_proj, "weight", 0.5, n=2, dim=0)
+    model, x = (
+        nn.ModuleDict({"attention": attention, "first": nn.Linear(16, 8)}),
+        torch.ones(3, 1, 16),
+    )
+    zeroed(model["first"], (1, 16))
+    out = attention(x, x, x)[0]
+    sgtriton.sparsify(model, block=(1, None))
+    assert type(model["first"]) is BlockSparseLinear
+    assert_exact("out", attention(x, x, x)[0], out)

@@ -3,10 +3,12 @@
 import copy
 import logging
 import pickle
+import warnings
 
 import pytest
 import torch
 from helpers import assert_close, assert_exact, assert_within_twice
+from sgtriton_kernels import gate_layout
 from torch import nn
 
 import sgtriton
@@ -249,6 +251,61 @@ def test_slower_winner_with_a_smaller_margin_is_taken(monkeypatch):
     layer = sgtriton.sparsify(mlp().bfloat16())[0]
     assert layer.form == "sparse"
     assert layer.measured["1"] == pytest.approx(1.3 / 1.1)
+
+
+def test_form_that_gives_wrong_results_is_refused_however_fast_it_is(monkeypatch):
+    model = mlp().eval()
+    outs = model(x := torch.randn(5, model[0].in_features))
+    real = planning._block_call
+
+    def wrong(layer, matrix):
+        call = real(layer, matrix)
+        return lambda x: call(x) * (1.0 if len(x) < 64 else 1.01)  # not at every M
+
+    monkeypatch.setattr(planning, "_block_call", wrong)
+    monkeypatch.setattr(
+        planning, "undisturbed_ms", lambda calls, *a: [9.0] * (len(calls) - 1) + [1.0]
+    )
+    with pytest.warns(UserWarning, match=r"sparse form gives other results .* \[64, "):
+        sgtriton.sparsify(model)
+    for layer in (model[0], model[2]):
+        assert "sparse" not in layer.forms.values()
+    assert_close("outs", model(x), outs)
+
+
+def test_weights_that_are_no_numbers_are_timed_all_the_same():
+    model = mlp().eval()
+    with torch.no_grad():
+        model[0].weight[0, 0] = float("inf")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*gives other results")
+        sgtriton.sparsify(model)
+    assert model[0].measured
+
+
+@pytest.mark.parametrize(
+    ("device", "block", "forms"),
+    [("cuda", (4, 4), {"merged"}), ("cuda", (16, 16), {"sparse", "merged"}),
+     ("cpu", (4, 4), {"sparse", "merged"})],
+)  # fmt: skip
+def test_cards_take_no_blocks_that_their_kernels_do_not_serve(device, block, forms):
+    """By look-up they did: 4x4 blocks, which fall back to library calls there."""
+    calls = dict.fromkeys(("sparse", "merged"), torch.relu)
+    shares = dict.fromkeys(calls, 0.1)
+    planning._drop_unserved(calls, shares, block, torch.device(device))
+    assert calls.keys() == shares.keys() == forms
+    alone = {"sparse": torch.relu}
+    planning._drop_unserved(alone, {"sparse": 0.1}, (4, 4), torch.device(device))
+    assert alone
+
+
+def test_look_up_asks_as_much_of_a_copy_of_twice_the_bytes():
+    layout = gate_layout((4096, 1024), (16, 16))
+    shares = {"dense": 1.0, "dense_left": 1.0}
+    bf16 = planning.lookup_form(layout, shares, 1, torch.bfloat16, torch.device("cpu"))
+    assert bf16 == ("dense", 1.0)
+    fp32, _ = planning.lookup_form(layout, shares, 1, torch.float32, torch.device("cpu"))
+    assert fp32 == "dense_left"
 
 
 def test_rows_that_are_timed_lie_in_their_bucket():
@@ -664,8 +721,6 @@ def test_forms_are_looked_up_without_timing(monkeypatch):
 
 
 def test_cost_model_prefers_what_reads_little_and_dense_where_nothing_is_gained():
-    from sgtriton_kernels import gate_layout
-
     layout, cpu = gate_layout((4096, 1024), (64, 64)), torch.device("cpu")
 
     def look(**density):

@@ -16,7 +16,7 @@ _MOST = 128  # rows of x from which the library's own way is as fast
 
 
 def dense_linear(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """Compute ``x @ w^T + bias``; for serving, nothing of it is differentiable.
+    """Compute ``x @ w^T + bias``.
 
     Args:
         x: ``[..., K]``, any floating dtype and strides.
@@ -25,7 +25,15 @@ def dense_linear(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None) ->
 
     Returns:
         ``[..., N]``, dtype of ``x``, contiguous.
+
+    Raises:
+        ValueError: ``x`` of another width.
     """
+    if x.dim() == 0 or x.shape[-1] != w.shape[1]:
+        raise ValueError(
+            f"x must be [..., {w.shape[1]}] for a weight of shape {tuple(w.shape)}, got "
+            f"{list(x.shape)}"
+        )
     x2 = x if x.dim() == 2 else x.reshape(-1, w.shape[1])
     dtype, wide, m = x.dtype, w.dtype, x2.shape[0]
     if dtype != wide:
