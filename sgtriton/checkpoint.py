@@ -176,7 +176,8 @@ def _describe(layer: nn.Module) -> dict[str, Any]:
         "groups": getattr(layer, "groups", 1),
         "gate_block": list(layer.gate_block),  # pyright: ignore
         "gate_kind": layer.gate_kind,
-        "forms": layer.forms if sparse else None,
+        # forms that were timed with a backward pass are none for serving: they are chosen anew
+        "forms": layer.forms if sparse and not (layer.trainable and layer.measured) else None,
         "reason": _printable(layer.reason) if sparse else "",
         "dense_copy": layer._dense_copy if sparse else True,
         "device": device.type,  # pyright: ignore

@@ -245,7 +245,10 @@ def why_not(
         return "not initialised yet; run one batch through the model first"
     weight = module._parameters.get("weight")
     if weight is None and isinstance(module, (nn.Linear, _ConvNd)):
-        return "its weight is computed (a parametrization or pruning hook); make it permanent first"
+        return (
+            "its weight is computed (a parametrization or pruning hook); make it permanent first: "
+            "parametrize.remove_parametrizations or prune.remove"
+        )
     if type(module) not in GATED_TYPES:
         allowed = ", ".join(t.__name__ for t in GATED_TYPES)
         return f"unsupported type {kind} (exact types {allowed} are gated)"

@@ -302,3 +302,19 @@ def test_nan_blocks_are_kept_and_gradients_flow_through_to_dense():
     w.to_dense().sum().backward()
     assert w.values.grad is not None
     assert w.values.grad.sum() == 25
+
+
+def test_dtype_alone_is_taken_as_tensors_take_it():
+    w = BlockSparse.from_dense(torch.eye(8), (2, 2))
+    assert w.to(torch.bfloat16).values.dtype == torch.bfloat16
+    assert w.to("cpu", torch.float64).values.dtype == torch.float64
+
+
+def test_what_is_no_dense_matrix_or_no_block_is_refused_with_a_clear_error():
+    weight = torch.eye(8)
+    with pytest.raises(ValueError, match="block must be two ints, got 2"):
+        BlockSparse.from_dense(weight, 2)
+    with pytest.raises(ValueError, match=r"dense .*weight_to_matrix .* got torch\.sparse_coo"):
+        BlockSparse.from_dense(weight.to_sparse(), (2, 2))
+    with pytest.raises(ValueError, match=r"weight_to_matrix .* \(4, 4, 3, 3\)"):
+        BlockSparse.from_dense(torch.ones(4, 4, 3, 3), (2, 2))

@@ -9,6 +9,7 @@ from sgtriton_kernels._impl import use_impl
 from sgtriton_kernels._triton import INTERPRETED, why_not_triton
 from sgtriton_kernels.bsr import BlockSparse
 from sgtriton_kernels.bsr_checks import why_no_kernel
+from sgtriton_kernels.bsr_conv import bsr_conv2d
 from sgtriton_kernels.bsr_matmul import bsr_linear, bsr_linear_ref
 from sgtriton_kernels.tiles import BSR_FORMS, BsrTile
 from test_bsr import patterns
@@ -489,3 +490,19 @@ def test_flops_count_stored_weights(device):
     with FlopCounterMode(display=False) as counter:
         bsr_linear(torch.ones(2, 5, 96, device=device), w, impl="torch")
     assert counter.get_total_flops() == 2 * 10 * w.nnz * 256
+
+
+@pytest.mark.parametrize("w", [torch.ones(4, 8), torch.eye(8).to_sparse(), None], ids=type)
+def test_weight_that_is_no_container_is_refused_with_a_clear_error(w):
+    """It was an AttributeError of a builtin method."""
+    with pytest.raises(ValueError, match="w must be a BlockSparse, which"):
+        bsr_linear(torch.ones(2, 8), w)
+    with pytest.raises(ValueError, match="w must be a BlockSparse"):
+        bsr_conv2d(torch.ones(1, 8, 4, 4), w, out_channels=4, kernel_size=1)
+
+
+@pytest.mark.parametrize("x", [[1.0, 2.0], None])
+def test_input_that_is_no_tensor_is_refused_with_a_clear_error(x):
+    w = BlockSparse.from_dense(torch.eye(2), (2, 2))
+    with pytest.raises(ValueError, match="x must be a tensor, got"):
+        bsr_linear(x, w)

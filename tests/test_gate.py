@@ -521,3 +521,8 @@ def test_every_launch_lies_inside_the_guard():
                 name = ast.unparse(call.func.value)
                 if name.endswith("_kernel"):
                     assert id(call) in guarded, f"{path.name}:{call.lineno}"
+
+
+def test_seed_that_is_a_number_is_refused_with_a_clear_error():
+    with pytest.raises(ValueError, match="seed must be one int64 on cpu, got int 1"):
+        gate_weight(torch.ones(2, 2), torch.ones(2, 2), kind="bernoulli", seed=1)

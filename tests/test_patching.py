@@ -435,7 +435,8 @@ def test_computed_weight_is_left_alone_with_the_remedy(make):
     assert gated_names(model) == ["1"]
     assert_exact("out", layer(x), ref)
     assert reasons(model) == {
-        "0": "its weight is computed (a parametrization or pruning hook); make it permanent first"
+        "0": "its weight is computed (a parametrization or pruning hook); make it permanent first: "
+        "parametrize.remove_parametrizations or prune.remove"
     }
 
 

@@ -1,7 +1,15 @@
 """Gate and block-sparse kernels as plain functions on tensors: Triton, and fast PyTorch code."""
 
 from ._impl import use_impl
-from .blocks import GateLayout, coverage, expand_gates, gate_layout, sum_blocks
+from .blocks import (
+    GateLayout,
+    coverage,
+    expand_gates,
+    gate_layout,
+    matrix_to_weight,
+    sum_blocks,
+    weight_to_matrix,
+)
 from .bsr import BlockSparse
 from .bsr_conv import bsr_conv1d, bsr_conv2d, bsr_conv2d_ref
 from .bsr_convert import gated_to_bsr, gated_to_bsr_ref
@@ -32,6 +40,8 @@ __all__ = [
     "gated_linear_ref",
     "gated_to_bsr",
     "gated_to_bsr_ref",
+    "matrix_to_weight",
     "sum_blocks",
     "use_impl",
+    "weight_to_matrix",
 ]

@@ -110,10 +110,11 @@ class BlockSparse:
         Raises:
             ValueError: a shape, dtype or block that does not fit.
         """
-        if weight.dim() != 2 or not weight.is_floating_point():
+        plain = weight.layout == torch.strided and weight.is_floating_point()
+        if weight.dim() != 2 or not plain:
             raise ValueError(
-                "weight must be a floating-point [N, K] tensor, got "
-                f"{weight.dtype} {tuple(weight.shape)}"
+                "weight must be a dense floating-point [N, K] tensor (weight_to_matrix makes one "
+                f"of a convolution's), got {weight.layout} {weight.dtype} {tuple(weight.shape)}"
             )
         shape, block = checked_sizes(weight.shape, block)
         weight, layout = weight.detach(), gate_layout(shape, block)
@@ -261,13 +262,20 @@ class BlockSparse:
         return dense[:n, :k].contiguous()
 
     def to(
-        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+        self,
+        device: torch.device | str | torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
     ) -> BlockSparse:
         """The same matrix on another device or with values of another dtype.
+
+        Args:
+            device: or the dtype, as tensors take it.
 
         Raises:
             ValueError: ``dtype`` is not floating point.
         """
+        if isinstance(device, torch.dtype):
+            device, dtype = None, device
         if dtype is not None and not dtype.is_floating_point:
             raise ValueError(f"dtype must be floating point, got {dtype}")
         return self._from_validated(
@@ -343,7 +351,11 @@ def checked_sizes(
 ) -> tuple[tuple[int, int], tuple[int, int]]:
     """``(N, K)`` and ``(bn, bk)``; ``ValueError`` unless they are ints that fit each other."""
     for name, sizes in (("shape", shape), ("block", block)):
-        if len(sizes) != 2 or any(not isinstance(s, int) or isinstance(s, bool) for s in sizes):
+        if (
+            not isinstance(sizes, Sequence)
+            or len(sizes) != 2
+            or any(not isinstance(s, int) or isinstance(s, bool) for s in sizes)
+        ):
             raise ValueError(f"{name} must be two ints, got {sizes!r}")
     (n, k), (bn, bk) = shape, block
     if n < 1 or k < 1:

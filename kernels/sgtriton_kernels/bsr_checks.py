@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 
 from .blocks import fits_kernels
+from .bsr import BlockSparse
 
 _TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _DTYPES = (*_TRITON_DTYPES, torch.float64)
+
+
+def check_kinds(x: torch.Tensor, w: BlockSparse) -> None:
+    """Raise ``ValueError`` unless the operands are what products take."""
+    if not isinstance(w, BlockSparse):
+        raise ValueError(
+            f"w must be a BlockSparse, which BlockSparse.from_dense makes, got {_kind(w)}"
+        )
+    if not isinstance(x, torch.Tensor):
+        raise ValueError(f"x must be a tensor, got {_kind(x)}")
+
+
+def _kind(given: object) -> str:
+    layout = f" of layout {given.layout}" if isinstance(given, torch.Tensor) else ""
+    return type(given).__name__ + layout
 
 
 def check_dtype(x: torch.Tensor) -> None:
@@ -26,7 +40,6 @@ def check_agrees(name: str, t: torch.Tensor, x: torch.Tensor) -> None:
         raise ValueError(f"x and {name} must be on one device, got x {x.device}, {name} {t.device}")
 
 
-@functools.cache
 def why_no_kernel(dtype: torch.dtype, block: tuple[int, int]) -> str | None:
     """Why the Triton kernels cannot serve such a product; ``None`` where they can."""
     if dtype not in _TRITON_DTYPES:

@@ -27,7 +27,7 @@ from ._ops import grads_with_graph, is_watched, register_op
 from ._triton import is_native
 from .activations import ACTIVATIONS, check_activation
 from .bsr import BlockSparse
-from .bsr_checks import check_agrees, check_dtype, why_no_kernel
+from .bsr_checks import check_agrees, check_dtype, check_kinds, why_no_kernel
 from .bsr_conv_product import bsr_conv_dvalues, bsr_conv_dx, bsr_conv_fwd
 from .bsr_conv_torch import ConvBlocks, bsr_conv_bwd_torch, bsr_conv_torch, result_format
 from .conv_geometry import ConvGeometry
@@ -81,6 +81,7 @@ def bsr_conv2d(
         ValueError: shapes, sizes, dtypes or devices that do not fit; an unknown activation;
             ``impl`` asks for what cannot run.
     """
+    check_kinds(x, w)
     if x.dim() not in (3, 4):
         raise ValueError(f"x must be [B, C, H, W] or [C, H, W], got {list(x.shape)}")
     geometry = _geometry(
@@ -114,6 +115,7 @@ def bsr_conv1d(
     Returns:
         ``[B, O, L']`` or ``[O, L']``; in memory the channels of ``x`` and of the result lie alike.
     """
+    check_kinds(x, w)
     if x.dim() not in (2, 3):
         raise ValueError(f"x must be [B, C, L] or [C, L], got {list(x.shape)}")
     geometry = _geometry(

@@ -27,7 +27,7 @@ from ._ops import grads_with_graph, is_watched, register_op
 from ._triton import is_native
 from .activations import ACTIVATIONS, check_activation
 from .bsr import BlockSparse
-from .bsr_checks import check_agrees, check_dtype, why_no_kernel
+from .bsr_checks import check_agrees, check_dtype, check_kinds, why_no_kernel
 from .bsr_product import (
     PairedRows,
     bsr_linear_dvalues,
@@ -72,6 +72,7 @@ def bsr_linear(
         ValueError: shapes, dtypes or devices that do not agree; an unknown activation; ``impl``
             asks for what cannot run.
     """
+    check_kinds(x, w)
     x, values, bias, residual = cast_inputs(x.device, x, w.values, bias, residual)
     n, k = w.shape
     if x.dim() == 0 or x.shape[-1] != k:

@@ -523,6 +523,8 @@ def check_gates(w, gate, layout: GateLayout, kind: str, seed, dtype: torch.dtype
         raise ValueError("kind 'bernoulli' needs a seed, got None")
     if seed is None or kind == "threshold":
         return
+    if not isinstance(seed, torch.Tensor):
+        raise ValueError(f"seed must be one int64 on {w.device}, got {type(seed).__name__} {seed}")
     if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != w.device:
         raise ValueError(
             f"seed must be one int64 on {w.device}, got {tuple(seed.shape)} {seed.dtype} "
