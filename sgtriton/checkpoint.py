@@ -85,7 +85,7 @@ def load(model: Model, path: str | os.PathLike[str]) -> Model:
 
     Layers of which the file stores open weights become sparse layers. They compute in the forms
     that the file records, so that a reload gives the same bits; forms are timed anew on another
-    kind of device.
+    kind of device, in another dtype, and where those of the file were timed for training.
 
     Args:
         model: the dense, gated or sparse model; changed in place, stays on its device and in its
@@ -113,13 +113,14 @@ def load(model: Model, path: str | os.PathLike[str]) -> Model:
     for name, part in stored.items():  # all that can fail comes before the first layer changes
         layer, entry = modules[name], description["layers"][name]
         like = layer.values if isinstance(layer, SparseModule) else layer.weight
+        saved_as = part.tensors()["values"].dtype
         stored[name] = part = stored_like(part, like.detach())  # pyright: ignore
         recorded = forms[name]
         if recorded is None or "serve_block" in entry:
             serve[name] = served_block(part.layout, entry.get("serve_block"))
         else:
             serve[name] = None  # the layer that was saved had none
-        if recorded is None or entry["device"] != like.device.type:
+        if recorded is None or (entry["device"], saved_as) != (like.device.type, like.dtype):
             plans[name] = plan_forms(
                 layer, part, serve_block=serve[name], dense_copy=entry["dense_copy"]
             )

@@ -25,7 +25,7 @@ from helpers import assert_exact
 from torch import nn
 
 import sgtriton
-from sgtriton import container
+from sgtriton import container, planning
 from sgtriton.layers import GatedModule
 from sgtriton.sparse_layers import BUCKETS, SparseModule
 
@@ -188,7 +188,6 @@ def test_recorded_forms_are_taken_per_bucket(path):
 @pytest.mark.parametrize("dense_copy", [True, False])
 def test_forms_are_chosen_anew_on_another_kind_of_device(path, dense_copy, monkeypatch):
     """The recorded dense copy's prohibition stays."""
-    from sgtriton import planning
 
     # dense, the first, is the fastest
     monkeypatch.setattr(
@@ -1047,7 +1046,6 @@ def test_gate_kind_of_no_gates_is_for_models_without(path):
 
 @torch.no_grad()
 def test_served_block_is_kept_where_forms_are_chosen_anew(path, monkeypatch):
-    from sgtriton import planning
 
     monkeypatch.setattr(
         planning, "undisturbed_ms", lambda calls, *a, **k: [9.0, 9.0, 9.0, 1.0, 9.0][: len(calls)]
@@ -1061,3 +1059,18 @@ def test_served_block_is_kept_where_forms_are_chosen_anew(path, monkeypatch):
     assert again[3].serve_block == (8, 16)
     assert again[3].form == "merged"
     assert again[3].measured["1"] == 9
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_forms_are_chosen_anew_in_another_dtype(path, dtype, monkeypatch):
+    """Those of an fp32 file were kept in a bf16 model, where dense takes ten times as long."""
+    sgtriton.save(sgtriton.sparsify(net_of_linear(), form="dense"), path)
+    monkeypatch.setattr(
+        planning, "undisturbed_ms", lambda calls, *a: [9.0, *[1.0] * (len(calls) - 1)]
+    )
+    model = sgtriton.load(nn.Sequential(nn.Linear(32, 32)).to(dtype), path)
+    assert (model[0].form == "dense") == (dtype == torch.float32)
+
+
+def net_of_linear():
+    return sgtriton.patch(nn.Sequential(nn.Linear(32, 32)), block=(8, 8))
