@@ -1,5 +1,7 @@
 """``bsr_linear``: values, refusals, compilation, and what the compiler makes of the kernel."""
 
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,6 +15,7 @@ from sgtriton_kernels.bsr_conv import bsr_conv2d
 from sgtriton_kernels.bsr_matmul import bsr_linear, bsr_linear_ref
 from sgtriton_kernels.tiles import BSR_FORMS, BsrTile
 from test_bsr import patterns
+from torch.autograd import forward_ad
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -506,3 +509,67 @@ def test_input_that_is_no_tensor_is_refused_with_a_clear_error(x):
     w = BlockSparse.from_dense(torch.eye(2), (2, 2))
     with pytest.raises(ValueError, match="x must be a tensor, got"):
         bsr_linear(x, w)
+
+
+@pytest.mark.parametrize("side", [16, 64])
+@pytest.mark.parametrize("which", ["x", "values"])
+def test_tangents_are_refused_and_not_lost(which, side):
+    """One row took the library's matrix of detached values: the result had no tangent."""
+    w, x = BlockSparse.from_dense(torch.randn(2 * side, side), (side, side)), torch.randn(1, side)
+    given = x if which == "x" else w.values
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(given, torch.ones_like(given))
+        if which == "x":
+            x = dual
+        else:
+            w = BlockSparse(dual, w.crow, w.col, w.shape)
+        with pytest.raises(NotImplementedError, match="jvp"):
+            bsr_linear(x, w)
+
+
+def test_input_is_not_kept_where_only_its_own_gradient_needs_the_layer():
+    """With a frozen weight the gradient of x needs the weight only, as in F.linear."""
+    w = BlockSparse.from_dense(torch.randn(32, 32), (16, 16))
+    x = torch.randn(4, 32, requires_grad=True)
+    inner = x * 1
+    kept = weakref.ref(inner)
+    out = bsr_linear(inner, w, impl="torch")
+    del inner
+    assert kept() is None
+    (dx,) = torch.autograd.grad(out.sum(), x, create_graph=True)
+    torch.testing.assert_close(dx, w.to_dense().sum(0).expand(4, 32))
+    bias = torch.zeros(32, requires_grad=True)
+    dout = torch.ones(4, 32, requires_grad=True)
+    (dx,) = torch.autograd.grad(bsr_linear(x, w, bias), x, dout, create_graph=True)
+    (ddout,) = torch.autograd.grad(dx.sum(), dout)
+    torch.testing.assert_close(ddout, w.to_dense().sum(1).expand(4, 32))
+
+
+def test_op_reads_an_index_once_and_again_when_it_changed():
+    """A compiled layer made anew, at each call, what library calls make of the index."""
+    dense = torch.randn(32, 32)
+    dense[:16, 16:] = dense[16:, :16] = 0
+    w, x = BlockSparse.from_dense(dense, (16, 16)), torch.randn(3, 32)
+    index = (w.crow, w.col, w.ccol, w.row, w.perm, w.row_order)
+
+    def out():
+        return bsr_matmul._bsr_linear_op(x, w.values, *index, None, None, 32, "none", "torch", None)
+
+    with torch.no_grad():
+        torch.testing.assert_close(out(), x @ dense.T)
+        kept = bsr_matmul._indices[w.crow]
+        torch.testing.assert_close(out(), x @ dense.T)
+        assert bsr_matmul._indices[w.crow] is kept
+        w.col[:2] = torch.tensor([1, 0], dtype=torch.int32)
+        torch.testing.assert_close(out(), x.roll(16, 1) @ dense.T)
+
+
+def test_index_that_an_op_read_is_not_kept_longer_than_its_tensors():
+    w = BlockSparse.from_dense(torch.eye(16), (16, 16))
+    bsr_matmul._container_again(
+        w.values, (w.crow, w.col, w.ccol, w.row, w.perm, w.row_order), (16, 16)
+    )
+    before, kept = len(bsr_matmul._indices), weakref.ref(bsr_matmul._indices[w.crow][2])
+    del w
+    assert len(bsr_matmul._indices) < before
+    assert kept() is None

@@ -64,3 +64,24 @@ def test_input_and_bias_are_left_alone():
     dense_linear(x, w, bias)
     assert_exact("x", x, kept[0])
     assert_exact("bias", bias, kept[1])
+
+
+@pytest.mark.parametrize("shape", [(40,), (1, 40), (3, 40), (2, 3, 40)], ids=str)
+@pytest.mark.parametrize("n", [1, 6])
+@pytest.mark.usefixtures("threads")
+def test_result_may_be_written_to_where_gradients_are_on(shape, n):
+    """It was a view that was made under no_grad."""
+    with torch.no_grad():
+        out = dense_linear(torch.ones(shape), torch.ones(n, 40), None)
+    out.add_(torch.ones(n, requires_grad=True))
+    assert out.requires_grad
+
+
+@pytest.mark.parametrize("m", [1, 5])
+@pytest.mark.usefixtures("threads")
+def test_gradients_are_those_of_the_layer(m):
+    x, w, bias = (integers(*s).requires_grad_() for s in ((m, 40), (6, 40), (6,)))
+    grads = torch.autograd.grad(dense_linear(x, w, bias).square().sum(), (x, w, bias))
+    expected = torch.autograd.grad(F.linear(x, w, bias).square().sum(), (x, w, bias))
+    for name, grad, right in zip("xwb", grads, expected, strict=True):
+        assert_exact(name, grad, right)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 _NAMESPACE = "sgtriton_kernels"
 _PLAIN = (torch.Tensor, torch.nn.Parameter, type(None))
@@ -63,7 +64,15 @@ def is_watched(*tensors: torch.Tensor | None) -> bool:
         or torch._C._len_torch_function_stack()
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state()
+        or forward_ad._current_level >= 0
     )
+
+
+def needs_graph(tensors: Sequence[torch.Tensor | None]) -> bool:
+    """Whether autograd has to see what is computed of these tensors, in either direction."""
+    if forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def grads_with_graph(

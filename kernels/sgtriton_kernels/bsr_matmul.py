@@ -14,16 +14,18 @@ FLOPs: ``2 M`` for each stored weight, in forward, for ``dx`` and for ``dW``. By
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ._autocast import cast_inputs, without_autocast
 from ._impl import resolve_impl
 from ._operands import is_aligned
-from ._ops import grads_with_graph, is_watched, register_op
+from ._ops import grads_with_graph, is_watched, needs_graph, register_op
 from ._triton import is_native
 from .activations import ACTIVATIONS, check_activation
 from .bsr import BlockSparse
@@ -212,13 +214,15 @@ class _BsrLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, values, bias, residual, w, static):
-        ctx.save_for_backward(x, values)
+        # of an x that only dx needs no more than the shape is kept
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, values)
         ctx.w, ctx.impl = w, static[1]
         return _forward(x, values, bias, residual, w, *static)
 
     @staticmethod
     def backward(ctx, dy):
         x, values = ctx.saved_tensors
+        x = _stand_in(dy, ctx.w.shape[1], values) if x is None else x
         grads_of = _grads_with_graph if torch.is_grad_enabled() else _grads
         return (*grads_of(dy, x, values, ctx.w, ctx.impl, ctx.needs_input_grad[:4]), None, None)
 
@@ -228,21 +232,43 @@ class _BsrLinearOp(torch.autograd.Function):
     def forward(ctx, x, values, bias, residual, index, static):
         with torch._C._AutoDispatchBelowAutograd():
             out = _bsr_linear_op(x, values, *index, bias, residual, *static)
-        ctx.save_for_backward(x, values, *index)
-        ctx.n, _, ctx.impl, _ = static
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, values, *index)
+        ctx.shape, ctx.impl = (static[0], x.shape[-1]), static[2]
         return out
 
     @staticmethod
     def backward(ctx, dy):
         x, values, *index = ctx.saved_tensors
-        w = _container(values, index, (ctx.n, x.shape[-1]))
+        w = _container(values, index, ctx.shape)
+        x = _stand_in(dy, ctx.shape[1], values) if x is None else x
         grads_of = _grads_with_graph if torch.is_grad_enabled() else _grads
         return (*grads_of(dy, x, values, w, ctx.impl, ctx.needs_input_grad[:4]), None, None)
+
+
+def _stand_in(dy: torch.Tensor, k: int, values: torch.Tensor) -> torch.Tensor:
+    """In place of an ``x [..., K]`` that was not kept: ``dx`` depends on no value of it."""
+    return values.new_zeros(()).expand(*dy.shape[:-1], k).requires_grad_(torch.is_grad_enabled())
+
+
+_indices = WeakIdKeyDictionary()  # crow -> the col and versions that were read, and the index
 
 
 def _container(values: torch.Tensor, index: Sequence[torch.Tensor], shape) -> BlockSparse:
     crow, col, ccol, row, perm, row_order = index
     return BlockSparse._from_validated(values, crow, col, shape, ccol, row, perm, row_order)
+
+
+def _container_again(values: torch.Tensor, index: Sequence[torch.Tensor], shape) -> BlockSparse:
+    """The same with what library calls made of these tensors before: an op gets no container."""
+    w, (crow, col, *_) = _container(values, index, shape), index
+    if crow.is_inference() or col.is_inference():  # changes of theirs are not counted
+        return w
+    versions = crow._version, col._version
+    kept = _indices.get(crow)
+    if kept is None or kept[0]() is not col or kept[1] != versions:
+        kept = _indices[crow] = weakref.ref(col), versions, w.index
+    object.__setattr__(w, "_index", kept[2])
+    return w
 
 
 def _grads(dy, x, values, w: BlockSparse, impl: str, needs):
@@ -285,7 +311,8 @@ def _bsr_linear_fwd(
     impl: str,
     tile: Sequence[int] | None,
 ) -> torch.Tensor:
-    w = _container(values, (crow, col, ccol, row, perm, row_order), (n, x.shape[-1]))
+    container = _container_again if impl == "torch" else _container
+    w = container(values, (crow, col, ccol, row, perm, row_order), (n, x.shape[-1]))
     return _forward(x, values, bias, residual, w, activation, impl, tile)
 
 
@@ -297,6 +324,9 @@ def _bsr_linear_fake(
 
 def _bsr_linear_autograd(x, values, *rest):
     *index, bias, residual, n, activation, impl, tile = rest
+    if not needs_graph((x, values, bias, residual)):
+        with torch._C._AutoDispatchBelowAutograd():
+            return _bsr_linear_op(x, values, *rest)
     return _BsrLinearOp.apply(
         x, values, bias, residual, tuple(index), (n, activation, impl, tile)
     )  # fmt: skip
@@ -316,7 +346,8 @@ def _bsr_linear_bwd(
     impl: str,
     needs: Sequence[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    w = _container(values, (crow, col, ccol, row, perm, row_order), (n, x.shape[-1]))
+    container = _container_again if impl == "torch" else _container
+    w = container(values, (crow, col, ccol, row, perm, row_order), (n, x.shape[-1]))
     return _backward(dy, x, values, w, impl, needs)
 
 

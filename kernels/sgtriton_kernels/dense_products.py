@@ -47,12 +47,12 @@ def dense_linear(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None) ->
             out = torch.mm(w, x2.T)
         else:
             out = torch.addmm(bias.unsqueeze(1), w, x2.T)
-        out = out.T.contiguous()
+        out = out.T.clone(memory_format=torch.contiguous_format)
     else:
         out = F.linear(x2, w, bias)
     if dtype != wide:
         out = out.to(dtype)
-    return out if x.dim() == 2 else out.view(*x.shape[:-1], w.shape[0])
+    return out if x.dim() == 2 else _own(out, (*x.shape[:-1], w.shape[0]))
 
 
 def _one_row(x2: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -61,5 +61,10 @@ def _one_row(x2: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None) -> to
     if strips == 1 or n % strips or not w.is_contiguous():
         return F.linear(x2, w, bias)
     weights = w.view(strips, n // strips, k).transpose(1, 2)
-    out = torch.bmm(x2.expand(strips, 1, k), weights).view(1, n)
+    out = _own(torch.bmm(x2.expand(strips, 1, k), weights), (1, n))
     return out if bias is None else out.add_(bias)
+
+
+def _own(out: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """A fresh result in another shape, as no view: autograd forbids to write to some views."""
+    return torch.ops.aten._unsafe_view(out, shape)
