@@ -156,7 +156,10 @@ class SparseModule(nn.Module):
         assert values is not None
         if self.trainable:
             # an optimizer may hold the Parameter, so that it stays the same object
-            parameter = nn.Parameter(values) if parameter is None else parameter
+            if parameter is None:
+                parameter = nn.Parameter(values)
+            elif not torch._has_compatible_shallow_copy_type(parameter, values):  # it was on meta
+                parameter = nn.Parameter(values, parameter.requires_grad)
             if parameter.shape != values.shape:
                 parameter.grad = None
             parameter.data = values
@@ -294,15 +297,17 @@ class SparseModule(nn.Module):
         for name, tensor in self.stored.tensors().items():
             destination[prefix + name] = tensor if keep_vars else tensor.detach()
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
         stored = self._read_state(state_dict, prefix)
         if stored is not None:
-            self.store(stored_like(stored, self.values))
+            # what is assigned keeps the state's device and dtype, as the bias does
+            assigned = local_metadata.get("assign_to_params_buffers", False)
+            self.store(stored if assigned else stored_like(stored, self.values))
             for name in _STATE:  # what PyTorch copies next is what is held
                 if name in self._buffers or name in self._parameters:
                     state_dict[prefix + name] = self._held(name)
             self.prepare()
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     def _apply(self, fn, recurse=True):
         before = {n: b for n in _INDEX if (b := self._buffers.get(n)) is not None}

@@ -271,6 +271,30 @@ def test_loading_keeps_the_layers_dtype():
     assert_exact("weight", target[0].full_weight(), source[0].full_weight().to(torch.bfloat16))
 
 
+@pytest.mark.parametrize("trainable", [False, True])
+@pytest.mark.parametrize("form", ["dense", "sparse"])
+@pytest.mark.parametrize("block", [(4, 4), (1, 1)])
+@torch.no_grad()
+def test_state_assigned_to_a_model_on_meta_is_computed_with(block, form, trainable):
+    model = served(nn.Linear(12, 8), block, form=form, trainable=trainable)
+    state, x = copy.deepcopy(model.state_dict()), torch.randn(3, 12)
+    empty = copy.deepcopy(model).to("meta")
+    empty.load_state_dict(state, assign=True)
+    assert not any(t.is_meta for t in (*empty.parameters(), *empty.buffers()))
+    assert isinstance(empty[0].values, nn.Parameter) == trainable
+    assert_exact("out", empty(x), model(x))
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_assigned_state_keeps_its_dtype_in_values_and_bias_alike(trainable):
+    model = served(nn.Linear(12, 8), (4, 4), trainable=trainable)
+    state = copy.deepcopy(model).double().state_dict()
+    model.load_state_dict(state, assign=True)
+    assert model[0].values.dtype == model[0].bias.dtype == torch.float64
+    x = torch.randn(3, 12).double()
+    assert_close("out", model(x), nn.functional.linear(x, model[0].full_weight(), model[0].bias))
+
+
 def test_index_of_int64_loads():
     model = served(nn.Linear(12, 8), (4, 4))
     state = {k: t.long() if t.dtype == torch.int32 else t for k, t in model.state_dict().items()}
