@@ -140,6 +140,12 @@ class SparseModule(nn.Module):
             layer.bias = nn.Parameter(bias.detach().clone(), bias.requires_grad)
         return layer.train(self.training)
 
+    def _check_width(self, input: torch.Tensor, dim: int, width: int) -> None:
+        """Raise where gathering columns or broadcasting would take an input of another width."""
+        if input.dim() < -dim or input.shape[dim] != width:
+            shape = f"[..., {width}{', *' * (-1 - dim)}]"
+            raise ValueError(f"the input must be {shape} for {self!r}, got {list(input.shape)}")
+
     def _empty_dense(self) -> nn.Module:
         """The dense layer of this one's sizes, on the meta device: nothing is drawn for it."""
         raise NotImplementedError
@@ -364,8 +370,10 @@ class BlockSparseLinear(SparseModule, nn.Linear):
             weight = self.full_weight() if weight is None else weight
             return nn.functional.linear(input, weight, bias)
         if form == "dense_left":
+            self._check_width(input, -1, self.in_features)
             return self._dense_left(input, bias)
         if form == "compacted":
+            self._check_width(input, -1, self.in_features)
             return compacted_linear(input, bias, *self._compacted())
         return bsr_linear(input, self._matrix_of(form), bias)
 
@@ -393,6 +401,8 @@ class _SparseConv(SparseModule):
         form = self._one_form
         if form is None:
             form = self.form_of(conv_rows(self, input))
+        # a last block of channels may reach beyond the weight, so that blocks fit other widths too
+        self._check_width(input, 1 - len(self.weight_shape), self.in_channels)  # pyright: ignore
         if form in _PREFIX:
             return blocks_conv(self, input, self._matrix_of(form), self.bias)
         if form == "compacted":

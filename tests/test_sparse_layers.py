@@ -14,6 +14,7 @@ from sgtriton import sparse_layers
 from sgtriton.layers import ADDED_NAMES, GatedModule
 from sgtriton.sparse_layers import (
     BUCKETS,
+    FORMS,
     SPARSE_TYPES,
     BlockSparseConv1d,
     BlockSparseConv2d,
@@ -876,3 +877,27 @@ def test_layers_with_attributes_that_would_be_overwritten_are_left_alone():
     reasons = [skip.reason for skip in sgtriton.summary(model).skipped]
     names = ("reason", "wide_weight")
     assert reasons == [f"it has an attribute {name!r} of its own" for name in names]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("shape", [(5, 40), (5, 20), (1, 1), (1, 40), (2, 3, 40), (1,), ()], ids=str)
+@torch.no_grad()
+def test_input_of_another_width_is_refused_in_every_form(form, shape):
+    model = nn.Sequential(nn.Linear(32, 24))
+    model[0].weight[:4], model[0].weight[:, -16:] = 0, 0
+    sgtriton.sparsify(model, form=form, block=(4, 4))
+    assert model[0].form == form
+    with pytest.raises((ValueError, RuntimeError)):
+        model(torch.randn(shape))
+
+
+@pytest.mark.parametrize("form", ["dense", "sparse", "merged", "compacted"])
+@pytest.mark.parametrize("shape", [(1, 40, 5, 5), (1, 31, 5, 5), (1, 5, 5), (5, 5)], ids=str)
+@torch.no_grad()
+def test_image_of_other_channels_is_refused_in_every_form(form, shape):
+    model = nn.Sequential(nn.Conv2d(32, 24, 3, padding=1))
+    model[0].weight[:4], model[0].weight[:, -16:] = 0, 0
+    sgtriton.sparsify(model, form=form, block=(4, 4))
+    assert model[0].form == form
+    with pytest.raises((ValueError, RuntimeError)):
+        model(torch.randn(shape))
