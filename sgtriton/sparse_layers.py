@@ -514,15 +514,17 @@ def densify_layer(layer: nn.Module) -> None:
     if isinstance(layer, GatedModule):
         ungate_layer(layer, fold=True)
     elif isinstance(layer, SparseModule):
-        weight = layer.full_weight().detach()
+        trains = layer.values.requires_grad if layer.trainable else True
+        weight = nn.Parameter(layer.full_weight().detach(), trains)
+        # the stored values go when nothing can fail any more
+        layer.register_parameter("weight", weight)
+        if "bias" in layer._parameters:  # after the weight, as in other layers; a mask has moved it
+            layer._parameters["bias"] = layer._parameters.pop("bias")
         layer._parameters.pop("values", None)
         _remove_buffers(layer)
         for name in _ATTRIBUTES:
             layer.__dict__.pop(name, None)
         layer.__class__ = layer.dense_type  # pyright: ignore[reportAttributeAccessIssue]
-        bias = layer._parameters.pop("bias")
-        layer.register_parameter("weight", nn.Parameter(weight))
-        layer.register_parameter("bias", bias)
 
 
 def compacted_linear(

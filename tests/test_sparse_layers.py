@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers import DTYPES, assert_close, assert_exact, assert_within_twice
 from torch import nn
+from torch.nn.utils import prune
 
 import sgtriton
 from sgtriton import sparse_layers
@@ -865,6 +866,19 @@ def test_unpatched_layer_keeps_no_copy():
         assert not dict(model.named_buffers())
         assert vars(model[0]).keys() == vars(nn.Linear(12, 8)).keys()
         assert_exact("weight", model[0].weight.detach(), weight)
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+@torch.no_grad()
+def test_unpatching_a_layer_with_a_masked_bias_keeps_its_weight(trainable):
+    model = served(nn.Linear(12, 8), (4, 4), trainable=trainable)
+    prune.random_unstructured(model[0], "bias", amount=5)
+    x = torch.randn(3, 12)
+    out = model(x)
+    sgtriton.unpatch(model)
+    assert type(model[0]) is nn.Linear
+    assert {name for name, _ in model[0].named_parameters()} == {"weight", "bias_orig"}
+    assert_close("out", model(x), out)
 
 
 def test_layers_with_attributes_that_would_be_overwritten_are_left_alone():
