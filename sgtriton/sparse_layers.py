@@ -110,7 +110,9 @@ class SparseModule(nn.Module):
     def _held(self, name: str) -> torch.Tensor:
         """A buffer, or the Parameter of a trainable layer; faster than an attribute."""
         tensor = self._parameters.get(name) if self.trainable else None
-        return self._buffers[name] if tensor is None else tensor  # pyright: ignore
+        tensor = self._buffers.get(name) if tensor is None else tensor
+        # replicas, masks and flattened parameters are plain attributes
+        return getattr(self, name) if tensor is None else tensor
 
     def _compacted(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         held = self._buffers

@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers import assert_close, assert_exact
 from torch import nn
+from torch.nn.utils import prune
 
 import sgtriton
 from sgtriton import planning
@@ -205,6 +206,43 @@ def test_values_that_are_exchanged_for_a_call_are_used(form):
         "changed", changed.detach(), nn.functional.linear(x, weight, model[0].bias).detach()
     )
     assert_exact("back", model(x).detach(), out.detach())
+
+
+def replica(layer):
+    """What torch.nn.parallel.replicate makes for another device."""
+    copied = layer._replicate_for_data_parallel()
+    for name, parameter in layer._parameters.items():
+        setattr(copied, name, parameter * 1)
+    return copied
+
+
+def flattened(layer):
+    """As a wrapper leaves it that keeps the Parameters of several layers in one."""
+    layer.values = layer._parameters.pop("values") * 1
+    return layer
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("block", [(4, 4), (1, 1)])
+@pytest.mark.parametrize("change", [replica, flattened, lambda m: prune.identity(m, "values")])
+def test_values_that_are_no_parameter_of_the_layer_are_used_and_trained(change, block, form):
+    layer = trainable(form=form, block=block)[0]
+    x = torch.randn(4, 13)
+    out, values = layer(x), layer.values
+    changed = change(layer)
+    assert "values" not in changed._parameters
+    assert_exact("out", changed(x), out)
+    changed(x).sum().backward()
+    assert values.grad is not None
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_values_that_do_not_train_give_a_weight_that_does_not(train):
+    model = trainable()
+    model[0].values.requires_grad_(train)
+    sgtriton.unpatch(model)
+    assert model[0].weight.requires_grad == train
+    assert model[0].bias.requires_grad
 
 
 @pytest.mark.parametrize("form", FORMS)
