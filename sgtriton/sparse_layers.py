@@ -128,7 +128,14 @@ class SparseModule(nn.Module):
     def full_weight(self) -> torch.Tensor:
         """The dense weight, zeros where it is closed: ``weight_shape``, dtype of ``values``."""
         dense = self.dense_weight
-        return self.stored.to_dense() if dense is None else dense
+        return self.stored.to_dense() if dense is None or self._exchanged() else dense
+
+    def _exchanged(self) -> bool:
+        """Whether other values are held (``functional_call``) than those that forms have copied."""
+        return (
+            self._buffers.get("values") is not self._matrices.get(_COPIED)
+            and not torch.compiler.is_exporting()  # which holds stand-ins for all tensors
+        )
 
     @torch.no_grad()
     def to_dense(self) -> nn.Module:
@@ -158,7 +165,7 @@ class SparseModule(nn.Module):
         parameter = self._parameters.pop("values", None)
         _remove_buffers(self)
         matrix = stored.matrix
-        self._matrices: dict[str, BlockSparse] = {}
+        self._matrices: dict[str, Any] = {}  # form -> its matrix, and the values in the copies
         self._shapes = {} if matrix is None else {"sparse": matrix.shape}
         values = stored.kept if matrix is None else matrix.values
         assert values is not None
@@ -229,6 +236,7 @@ class SparseModule(nn.Module):
             self._buffers.pop(name, None)
         self._matrices.pop("merged", None)
         self._copy_dense()
+        self._matrices[_COPIED] = self._buffers.get("values")
         forms = set(self.forms.values())
         if "merged" in forms:
             assert self.serve_block is not None
@@ -320,6 +328,8 @@ class SparseModule(nn.Module):
     def _apply(self, fn, recurse=True):
         before = {n: b for n in _INDEX if (b := self._buffers.get(n)) is not None}
         kind = self.values.dtype, self.values.device.type
+        if self._exchanged():
+            self.prepare()
         super()._apply(fn, recurse)
         kept = kind == (self.values.dtype, self.values.device.type)
         if not all(_same_or_meta(old, self._buffers[name]) for name, old in before.items()):
@@ -334,6 +344,7 @@ class SparseModule(nn.Module):
             if not kept or (wide is not None and wide.dtype != torch.float32):  # it was cast too
                 self._copy_dense()
         self._matrices.clear()
+        self._matrices[_COPIED] = self._buffers.get("values")
         return self
 
     def __getstate__(self):
@@ -367,6 +378,8 @@ class BlockSparseLinear(SparseModule, nn.Linear):
         # tensors are taken where a module keeps them: by attribute each would cost a microsecond
         held = self._parameters
         bias = held["bias"] if "bias" in held else self.bias  # noqa: SIM401 (it would look it up)
+        if form != "sparse" and self._exchanged():
+            return nn.functional.linear(input, self.full_weight(), bias)
         if form == "dense":
             weight = self._buffers["dense_weight"]
             weight = self.full_weight() if weight is None else weight
@@ -405,6 +418,8 @@ class _SparseConv(SparseModule):
             form = self.form_of(conv_rows(self, input))
         # a last block of channels may reach beyond the weight, so that blocks fit other widths too
         self._check_width(input, 1 - len(self.weight_shape), self.in_channels)  # pyright: ignore
+        if form != "sparse" and self._exchanged():
+            form = "dense"
         if form in _PREFIX:
             return blocks_conv(self, input, self._matrix_of(form), self.bias)
         if form == "compacted":
@@ -445,6 +460,7 @@ SPARSE_TYPES: dict[type[nn.Module], type[SparseModule]] = {
 
 _DERIVED = ("ccol", "row", "perm", "row_order")
 _MATRIX = ("values", "crow", "col", *_DERIVED)
+_COPIED = "values"
 _PREFIX = {"sparse": "", "merged": "merged_"}
 _MERGED = tuple(_PREFIX["merged"] + name for name in _MATRIX)
 _COMPACT = ("compact_weight", "compact_cols", "compact_rows")

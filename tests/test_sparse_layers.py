@@ -625,7 +625,7 @@ def test_transformer_layer_serves_the_same_in_eval_and_train(form):
 
 @torch.no_grad()
 def test_written_bias_and_values_show_at_once():
-    """No form computes from a copy that a user's write does not reach, but the dense copy."""
+    """Values written in place reach the sparse form; the others keep copies of them."""
     model = served(nn.Linear(12, 8), (4, 4), share=1, form="sparse")
     x = torch.randn(3, 12)
     model[0].bias.data.add_(1)
