@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 
+import torch
 from sgtriton_kernels.blocks import Block, check_block
 from torch import nn
 
@@ -72,6 +73,22 @@ def sparsify(
             that is not allowed. The model is unchanged then.
     """
     _check_arguments(form, block, include, exclude, serve_block, trainable)
+    # tensors made under inference_mode could not be saved for a backward pass later
+    grads = torch.is_grad_enabled()
+    with torch.inference_mode(False), torch.set_grad_enabled(grads):
+        return _sparsify(model, form, dense_copy, block, include, exclude, serve_block, trainable)
+
+
+def _sparsify(
+    model: Model,
+    form: str,
+    dense_copy: bool,
+    block: Block | None,
+    include: Pattern,
+    exclude: Pattern,
+    serve_block: Block | None,
+    trainable: bool,
+) -> Model:
     gated = dict(named_gated_layers(model))
     pruned, left = ({}, {}) if block is None else find_pruned(model, block, include, exclude)
     if not gated and not pruned:
@@ -113,12 +130,12 @@ def sparsify(
         warnings.warn(
             f"the gates were not frozen yet: the model is served at sparsity {now:.4f}, the target "
             f"of its controller is {controller.target}",
-            stacklevel=2,
+            stacklevel=3,
         )
     if empty := [name for name, part in stored.items() if part.density == 0]:
         warnings.warn(
             f"all weights of {', '.join(empty)} are closed: they give their bias whatever comes in",
-            stacklevel=2,
+            stacklevel=3,
         )
     leave_fast_paths(model)
     check_states_of(model)

@@ -855,6 +855,27 @@ def test_exchanged_values_show_in_a_compiled_model(form):
     assert_close("exchanged", compiled(x) - layer.bias, 2 * out)
 
 
+@pytest.mark.parametrize("trainable", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("made_inside", [False, True])
+@pytest.mark.parametrize("pruned", [False, True])
+def test_model_sparsified_in_inference_mode_passes_gradients_on(
+    pruned, made_inside, form, trainable
+):
+    if trainable and form not in ("dense", "sparse"):
+        pytest.skip("has copies of the values")
+    with torch.inference_mode(made_inside):
+        model = columns_dead(nn.Sequential(nn.Linear(64, 48)))
+        if pruned:
+            sgtriton.unpatch(model, fold=True)
+    with torch.inference_mode():
+        sgtriton.sparsify(model, form=form, block=(4, 4) if pruned else None, trainable=trainable)
+    assert not any(t.is_inference() for t in model.buffers())
+    x = torch.randn(3, 64, requires_grad=True)
+    model(x).sum().backward()
+    assert_close("dx", x.grad, model[0].full_weight().detach().sum(0).expand(3, 64))
+
+
 def test_matrix_is_made_once():
     layer = sgtriton.sparsify(columns_dead(nn.Sequential(nn.Linear(64, 48))), form="sparse")[0]
     first = layer.matrix
