@@ -894,7 +894,9 @@ def test_layers_with_attributes_that_would_be_overwritten_are_left_alone():
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("shape", [(5, 40), (5, 20), (1, 1), (1, 40), (2, 3, 40), (1,), ()], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(5, 40), (5, 20), (1, 1), (1, 40), (2, 3, 40), (1,), ()], ids=str
+)
 @torch.no_grad()
 def test_input_of_another_width_is_refused_in_every_form(form, shape):
     model = nn.Sequential(nn.Linear(32, 24))
