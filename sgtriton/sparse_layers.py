@@ -268,7 +268,14 @@ class SparseModule(nn.Module):
         return sum(t.nbytes for name in names if (t := self._buffers.get(name)) is not None)
 
     def form_of(self, rows: int) -> str:
-        """The form for ``rows`` rows of x in all."""
+        """The form for ``rows`` rows of x in all; exported for any number, that of the most."""
+        if torch.compiler.is_exporting():
+            from torch.fx.experimental.symbolic_shapes import statically_known_true  # takes 0.3 s
+
+            for end, form in self._steps[:-1]:
+                if statically_known_true(rows <= end):  # a plain comparison would fix the bucket
+                    return form
+            return self._steps[-1][1]
         for end, form in self._steps:
             if rows <= end:
                 return form

@@ -893,3 +893,32 @@ def test_every_form_is_exported(form):
     model.requires_grad_(False)
     x = torch.randn(5, 37)
     assert_close("out", torch.export.export(model, (x,)).module()(x), model(x))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize(
+    ("make", "shape"), [(lambda: nn.Linear(64, 48), (64,)), (lambda: nn.Conv2d(8, 8, 3), (8, 5, 5))]
+)
+@torch.no_grad()
+def test_layer_of_mixed_forms_is_exported_for_batches_of_any_size(make, shape, strict):
+    model = sgtriton.sparsify(columns_dead(nn.Sequential(make())), form="dense")
+    model.requires_grad_(False)
+    forms = {**dict.fromkeys(BUCKETS, "compacted"), "9-32": "sparse", ">128": "dense"}
+    model[0].set_forms(forms, "for the test", True)
+    x = torch.randn(5, *shape)
+    batch = {0: torch.export.Dim("b", min=1, max=4096)}
+    exported = torch.export.export(model, (x,), dynamic_shapes=(batch,), strict=strict).module()
+    for rows in (1, 20, 200):
+        x = torch.randn(rows, *shape)
+        assert_close("out", exported(x), model(x))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@torch.no_grad()
+def test_layer_exported_for_one_batch_size_has_the_form_of_its_bucket(strict):
+    model = sgtriton.sparsify(columns_dead(nn.Sequential(nn.Linear(64, 48))), form="dense")
+    model.requires_grad_(False)
+    model[0].set_forms({**dict.fromkeys(BUCKETS, "dense"), "2-8": "compacted"}, "test", True)
+    for rows, gathers in ((5, True), (20, False)):
+        exported = torch.export.export(model, (torch.randn(rows, 64),), strict=strict)
+        assert ("index_select" in exported.graph_module.code) == gathers
