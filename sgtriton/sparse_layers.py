@@ -229,6 +229,7 @@ class SparseModule(nn.Module):
         ]
         self.prepare()
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def prepare(self) -> None:
         """Build what the forms keep beside the stored weight."""
@@ -321,15 +322,17 @@ class SparseModule(nn.Module):
             destination[prefix + name] = tensor if keep_vars else tensor.detach()
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
-        stored = self._read_state(state_dict, prefix)
-        if stored is not None:
-            # what is assigned keeps the state's device and dtype, as the bias does
-            assigned = local_metadata.get("assign_to_params_buffers", False)
-            self.store(stored if assigned else stored_like(stored, self.values))
-            for name in _STATE:  # what PyTorch copies next is what is held
-                if name in self._buffers or name in self._parameters:
-                    state_dict[prefix + name] = self._held(name)
-            self.prepare()
+        # what is made under inference_mode could not be saved for a backward pass later
+        with torch.inference_mode(False), torch.no_grad():
+            stored = self._read_state(state_dict, prefix)
+            if stored is not None:
+                # what is assigned keeps the state's device and dtype, as the bias does
+                assigned = local_metadata.get("assign_to_params_buffers", False)
+                self.store(stored if assigned else stored_like(stored, self.values))
+                for name in _STATE:  # what PyTorch copies next is what is held
+                    if name in self._buffers or name in self._parameters:
+                        state_dict[prefix + name] = self._held(name)
+                self.prepare()
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     def _apply(self, fn, recurse=True):

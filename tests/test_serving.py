@@ -876,6 +876,23 @@ def test_model_sparsified_in_inference_mode_passes_gradients_on(
     assert_close("dx", x.grad, model[0].full_weight().detach().sum(0).expand(3, 64))
 
 
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_state_loaded_and_forms_set_in_inference_mode_pass_gradients_on(form, assign):
+    model = columns_dead(nn.Sequential(nn.Linear(64, 48)))
+    sgtriton.sparsify(model, form="sparse")
+    x = torch.randn(3, 64)
+    out = model(x).detach()
+    with torch.inference_mode():
+        model[0].set_forms(dict.fromkeys(BUCKETS, form), "for the test", True)
+        assert not any(t.is_inference() for t in model.buffers())
+        model.load_state_dict(copy.deepcopy(model.state_dict()), assign=assign)
+    assert not any(t.is_inference() for t in model.buffers())
+    assert_close("out", model(x.requires_grad_()).detach(), out)
+    model[0].bias.requires_grad_(False)
+    model(x).sum().backward()
+
+
 def test_matrix_is_made_once():
     layer = sgtriton.sparsify(columns_dead(nn.Sequential(nn.Linear(64, 48))), form="sparse")[0]
     first = layer.matrix
