@@ -2,6 +2,7 @@ import dataclasses
 
 import pytest
 import torch
+import torch.nn.functional as F
 from sgtriton_kernels import BlockSparse
 from torch import nn
 
@@ -60,11 +61,27 @@ def test_cells_say_who_was_faster():
     assert serving.mean_share([cell, short]) == pytest.approx(0.8)
 
 
-def test_a_wrong_result_is_not_timed():
-    x = torch.ones(3)
-    with pytest.raises(ValueError, match="a peer is wrong"):
-        serving._check("a peer", x + 1, x)
-    serving._check("a peer", x, x)
+def calls_of_a_cell(dtype):
+    torch.manual_seed(0)
+    dense = serving.pruned_layer(64, 96, 16, 0.5, dtype)
+    weight = dense.weight.detach()
+    matrix = BlockSparse.from_dense(weight, (16, 16))
+    layer = sgtriton.sparsify(nn.Sequential(dense), form="sparse", block=(16, 16))[0]
+    x = torch.randn(5, 96).to(dtype)
+    return serving.candidates(layer, weight, matrix, x, 1), F.linear(x.float(), weight.float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.inference_mode()
+def test_a_wrong_result_is_not_timed(dtype):
+    calls, reference = calls_of_a_cell(dtype)
+    off = 1.015 if dtype == torch.float32 else 1.03
+    for name, call in calls.items():
+        out = call()
+        serving._check(name, out, reference)
+        wrong = [off * out[0]] if isinstance(out, list) else off * out  # pyright: ignore
+        with pytest.raises(ValueError, match=f"{name} is wrong"):
+            serving._check(name, wrong, reference)
 
 
 def test_table_of_the_readme_is_what_the_results_give():
