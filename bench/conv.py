@@ -22,7 +22,7 @@ from sgtriton.tables import format_table
 from sgtriton.timing import samples_ms
 
 from . import timed
-from .rows import append, circumstances
+from .rows import circumstances, write
 
 # input channels, output channels, height and width, how often in VGG-16
 LAYERS = (
@@ -33,6 +33,7 @@ BATCHES = (1, 8)
 BLOCK = 32
 CLOSED = 0.9
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPE = "float32"  # of the results that are kept
 DENSE = ("dense", "dense, channels-last")  # of which the faster is 1
 
 Call = Callable[[], object]
@@ -178,7 +179,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     """Add ``conv`` to the command line."""
     command = commands.add_parser("conv", help="pruned convolutions beside the dense ones")
     command.add_argument("--batch", type=int, action="append", help="repeatable; default 1 and 8")
-    command.add_argument("--dtype", choices=list(DTYPES), default="float32")
+    command.add_argument("--dtype", choices=list(DTYPES), default=DTYPE)
     timed.add_arguments(command, "conv", 3.0, "for each layer, and at least 5 turns")
     command.set_defaults(run=_run)
 
@@ -187,14 +188,13 @@ def _run(arguments: argparse.Namespace) -> int:
     batches = arguments.batch or BATCHES
     if min(batches) < 1:
         raise ValueError(f"--batch must be at least 1, got {batches}")
-    timed.prepare(arguments)
-    rows = []
-    arguments.out.unlink(missing_ok=True)
-    for batch in batches:
-        for layer in LAYERS:
-            measured = measure(layer, batch, DTYPES[arguments.dtype], arguments.seconds)
-            for row in measured:
-                append(arguments.out, row)
-            rows += measured
-    print(table(rows))
+    is_whole = tuple(batches) == BATCHES and arguments.dtype == DTYPE
+    timed.prepare(arguments, is_whole)
+    measured = (
+        row
+        for batch in batches
+        for layer in LAYERS
+        for row in measure(layer, batch, DTYPES[arguments.dtype], arguments.seconds)
+    )
+    print(table(write(arguments.out, measured)))
     return 0

@@ -42,13 +42,13 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from sgtriton_kernels.cards import CARD_NAMES, Card, card
 from sgtriton_kernels.tiles import BSR_LINEAR_CANDIDATES, BsrTile, tile_for_bsr_linear
 
-from .rows import RESULTS, write
+from . import timed
+from .rows import write
 
 MS = (1, 16, 64, 512, 4096)
 BLOCKS = (16, 32, 64, 128)
@@ -395,11 +395,12 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     """Add ``roofline`` to the command line."""
     command = commands.add_parser("roofline", help="what each card should reach, on paper")
     command.add_argument("--cards", nargs="+", choices=CARD_NAMES, default=CARD_NAMES)
-    command.add_argument("--out", type=Path, default=RESULTS / "roofline.csv")
+    timed.add_out(command, "roofline")
     command.set_defaults(run=_run)
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    timed.settle_out(arguments, tuple(arguments.cards) == tuple(CARD_NAMES))
     rows = predict_rows(arguments.cards)
     write(arguments.out, rows)
     print(

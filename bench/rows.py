@@ -6,7 +6,7 @@ import csv
 import functools
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -45,24 +45,49 @@ def append(path: Path, row: Any) -> None:
         writer.writerow({name: getattr(row, name) for name in names})
 
 
-def write(path: Path, rows: Sequence[Any]) -> None:
-    """Write a whole file, in place of the one before."""
-    path.unlink(missing_ok=True)
+def write(path: Path, rows: Iterable[Row]) -> list[Row]:
+    """Write a whole file; the one before stays until the last row is there.
+
+    Args:
+        rows: taken one by one. Each is at once in ``<name>.csv.part`` beside the file: a stop loses
+            neither what was measured nor what was kept.
+
+    Returns:
+        The rows.
+    """
+    part = path.with_name(path.name + ".part")
+    part.unlink(missing_ok=True)
+    written = []
     for row in rows:
-        append(path, row)
+        append(part, row)
+        written.append(row)
+    if not written:
+        raise ValueError(f"no rows for {path}")
+    part.replace(path)
+    return written
 
 
 @functools.cache
 def commit() -> str:
     """The commit that was measured, marked where tracked files differ from it.
 
-    It is asked for once: what a measurement writes is no difference.
+    What measurements and their report write is no difference.
     """
-    out = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--exclude=*"],
+    head = _git("rev-parse", "--short", "HEAD")
+    if head.returncode:
+        return "unknown"
+    written = [
+        f":(top,exclude){path}" for path in ("bench/results", "README.md", "README_BENCH.md")
+    ]
+    is_dirty = _git("diff", "--quiet", "HEAD", "--", ":/", *written).returncode
+    return head.stdout.strip() + "-dirty" * bool(is_dirty)
+
+
+def _git(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["git", *arguments],
         cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
     )  # fmt: skip
-    return out.stdout.strip() or "unknown"
 
 
 def circumstances() -> dict[str, Any]:

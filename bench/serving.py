@@ -15,7 +15,7 @@ import math
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +28,7 @@ from sgtriton.tables import format_table
 from sgtriton.timing import samples_ms
 
 from . import timed
-from .rows import append, circumstances
+from .rows import circumstances, write
 
 ROWS = (1, 16, 64, 512)
 BLOCKS = (16, 32, 64)
@@ -329,19 +329,19 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    timed.prepare(arguments)
+    asked = (arguments.rows, arguments.blocks, arguments.sparsities, arguments.dtypes)
+    timed.prepare(arguments, [*map(tuple, asked)] == [ROWS, BLOCKS, SPARSITIES, tuple(DTYPES)])
+    print(table(write(arguments.out, _measured(arguments))))
+    return 0
+
+
+def _measured(arguments: argparse.Namespace) -> Iterator[Row]:
+    """The rows of the grid, as they come."""
     grid = itertools.product(arguments.dtypes, arguments.blocks, arguments.sparsities, SHAPES)
-    rows: list[Row] = []
-    arguments.out.unlink(missing_ok=True)
     for dtype, block, sparsity, (n, k) in grid:
         dense = pruned_layer(n, k, block, sparsity, DTYPES[dtype])
         weight = dense.weight.detach()
         matrix = BlockSparse.from_dense(weight, (block, block))
         model = sgtriton.sparsify(nn.Sequential(dense), block=(block, block))
         for m in arguments.rows:
-            taken = measure(model[0], weight, matrix, m, sparsity, arguments.seconds)
-            for row in taken:
-                append(arguments.out, row)
-            rows += taken
-    print(table(rows))
-    return 0
+            yield from measure(model[0], weight, matrix, m, sparsity, arguments.seconds)

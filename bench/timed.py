@@ -8,11 +8,13 @@ from pathlib import Path
 import torch
 from sgtriton_kernels._triton import INTERPRETED, why_not_triton
 
-from .rows import RESULTS
+from .rows import RESULTS, commit
 
 
 def add_arguments(command: argparse.ArgumentParser, name: str, seconds: float, of: str) -> None:
     """Add ``--seconds``, ``--threads`` and ``--out``, by default ``results/<name>.csv``.
+
+    The default holds for the whole grid only, see :func:`prepare`.
 
     Args:
         seconds: the default.
@@ -20,19 +22,41 @@ def add_arguments(command: argparse.ArgumentParser, name: str, seconds: float, o
     """
     command.add_argument("--seconds", type=float, default=seconds, help=of)
     command.add_argument("--threads", type=int, default=2)
-    command.add_argument("--out", type=Path, default=RESULTS / f"{name}.csv")
+    add_out(command, name)
 
 
-def prepare(arguments: argparse.Namespace) -> None:
-    """Fix the random numbers and the threads.
+def add_out(command: argparse.ArgumentParser, name: str) -> None:
+    """Add ``--out`` alone."""
+    command.add_argument("--out", type=Path, help=f"default results/{name}.csv")
+    command.set_defaults(kept=RESULTS / f"{name}.csv")
+
+
+def settle_out(arguments: argparse.Namespace, is_whole: bool = True) -> None:
+    """Give ``--out`` its default, unless a part of a grid would take the place of the whole.
 
     Raises:
-        ValueError: fewer threads than one.
+        ValueError: a part of the grid without ``--out``.
     """
+    if arguments.out is None and not is_whole:
+        raise ValueError(f"a part of the grid needs --out: {arguments.kept.name} holds all of it")
+    arguments.out = arguments.out or arguments.kept
+
+
+def prepare(arguments: argparse.Namespace, is_whole: bool = True) -> None:
+    """Fix the random numbers, the threads, the commit and the file to write.
+
+    Args:
+        is_whole: whether all of the grid is to be measured.
+
+    Raises:
+        ValueError: fewer threads than one; a part of the grid without ``--out``.
+    """
+    settle_out(arguments, is_whole)
     if arguments.threads < 1:
         raise ValueError(f"--threads must be at least 1, got {arguments.threads}")
     torch.manual_seed(0)
     torch.set_num_threads(arguments.threads)
+    commit()
 
 
 def require_native() -> None:

@@ -1,0 +1,131 @@
+"""Files of measurements: when they are replaced, and which commit they name."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+
+from bench import __main__ as command_line
+from bench import conv, roofline, rows, serving, timed
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    ms: float
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    """A folder in place of the kept results."""
+    monkeypatch.setattr(timed, "RESULTS", tmp_path)
+    return tmp_path
+
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["bench", *arguments])
+    return command_line.main()
+
+
+def test_a_stop_keeps_the_file_and_what_was_measured(tmp_path):
+    path = tmp_path / "x.csv"
+    assert rows.write(path, [Row(1.0), Row(2.0)]) == [Row(1.0), Row(2.0)]
+
+    def stopped():
+        yield Row(3.0)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        rows.write(path, stopped())
+    assert rows.read(path, Row) == [Row(1.0), Row(2.0)]
+    assert rows.read(tmp_path / "x.csv.part", Row) == [Row(3.0)]
+    rows.write(path, [Row(4.0)])
+    assert rows.read(path, Row) == [Row(4.0)]
+    assert [file.name for file in tmp_path.iterdir()] == ["x.csv"]
+
+
+def test_nothing_measured_replaces_nothing(tmp_path):
+    path = tmp_path / "x.csv"
+    rows.write(path, [Row(1.0)])
+    with pytest.raises(ValueError, match="no rows"):
+        rows.write(path, [])
+    assert rows.read(path, Row) == [Row(1.0)]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["serving", "--rows", "1"],
+        ["serving", "--blocks", "16", "32"],
+        ["serving", "--dtypes", "float32"],
+        ["serving", "--sparsities", "0.9"],
+        ["conv", "--batch", "1"],
+        ["conv", "--dtype", "bfloat16"],
+        ["roofline", "--cards", "H200"],
+    ],
+)
+def test_a_part_of_a_grid_needs_a_file_of_its_own(arguments, results, monkeypatch, capsys):
+    for module, names in ((serving, ["measure"]), (conv, ["measure"]), (roofline, ["predict"])):
+        for name in names:
+            monkeypatch.setattr(module, name, None)
+    assert run(monkeypatch, *arguments) == 2
+    assert "needs --out" in capsys.readouterr().err
+    assert list(results.iterdir()) == []
+
+
+def test_a_part_of_a_grid_is_measured_with_out(results, monkeypatch, capsys):
+    path = results / "own.csv"
+    monkeypatch.setattr(serving, "SHAPES", ((64, 64),))
+    narrow = ["--rows", "3", "--blocks", "16", "--sparsities", "0.5", "--dtypes", "float32"]
+    threads = ["--threads", "1", "--seconds", "0"]
+    assert run(monkeypatch, "serving", *narrow, *threads, "--out", str(path)) == 0
+    assert rows.read(path, serving.Row)[0].M == 3
+    assert "float32, block 16" in capsys.readouterr().out
+    assert [file.name for file in results.iterdir()] == ["own.csv"]
+
+
+def test_the_whole_grid_has_a_default(results):
+    parser = argparse.ArgumentParser()
+    timed.add_arguments(parser, "serving", 1.0, "")
+    arguments = parser.parse_args(["--threads", "1"])
+    timed.prepare(arguments)
+    assert arguments.out == results / "serving.csv"
+
+
+def test_the_commit_is_asked_for_before_anything_is_timed(results, monkeypatch):
+    asked = []
+    monkeypatch.setattr(timed, "commit", lambda: asked.append(True))
+    parser = argparse.ArgumentParser()
+    timed.add_arguments(parser, "serving", 1.0, "")
+    timed.prepare(parser.parse_args(["--threads", "1"]))
+    assert asked == [True]
+
+
+def test_results_do_not_mark_a_commit_as_dirty(tmp_path, monkeypatch):
+    def git(*arguments):
+        who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        done = subprocess.run(
+            ["git", *who, *arguments], cwd=tmp_path, check=True, capture_output=True, text=True
+        )
+        return done.stdout.strip()
+
+    (tmp_path / "bench" / "results").mkdir(parents=True)
+    files = ["bench/rows.py", "bench/results/x.csv", "README.md"]
+    for name in files:
+        (tmp_path / name).write_text("1")
+    monkeypatch.setattr(rows, "__file__", str(tmp_path / "bench" / "rows.py"))
+    ask = rows.commit.__wrapped__
+    git("init", "-q")
+    assert ask() == "unknown"
+    git("add", ".")
+    git("commit", "-qm", "x")
+    head = git("rev-parse", "--short", "HEAD")
+    for name in files[1:]:
+        (tmp_path / name).write_text("2")
+    (tmp_path / "bench" / "results" / "x.csv").unlink()
+    assert ask() == head
+    (tmp_path / "bench" / "rows.py").write_text("2")
+    assert ask() == head + "-dirty"
