@@ -1,9 +1,10 @@
 """Serving pruned convolutions: VGG-16's thirteen, beside the dense ones, on a CPU.
 
-Each has 3x3 taps and a padding of 1; its blocks of 32x32 weights are closed at random. Beside
-``bsr_conv2d`` runs ``F.conv2d`` on the weight with zeros filled in, both on images that are
-contiguous and on such that are channels-last. Candidates take turns in one process. What a layer
-does that occurs several times counts as often in the sum.
+Each has 3x3 taps and a padding of 1; its blocks of 32x32 weights are closed at random. Compared are
+``F.conv2d`` on the weight with zeros filled in, the layer that ``sgtriton.sparsify`` makes of it,
+and ``bsr_conv2d`` whatever the layer chose, on images that are contiguous and on such that are
+channels-last. Candidates take turns in one process. What a layer does that occurs several times
+counts as often in the sum.
 """
 
 from __future__ import annotations
@@ -11,13 +12,15 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from sgtriton_kernels import BlockSparse, bsr_conv2d, gate_layout
 from sgtriton_kernels.blocks import gates_to_pattern, matrix_to_weight, weight_to_matrix
+from torch import nn
 
+import sgtriton
 from sgtriton.tables import format_table
 from sgtriton.timing import samples_ms
 
@@ -35,15 +38,21 @@ CLOSED = 0.9
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DTYPE = "float32"  # of the results that are kept
 DENSE = ("dense", "dense, channels-last")  # of which the faster is 1
+SLOWER = 0.97  # of dense, from which down a layer is called slower
+LAYER = ("sgtriton", "sgtriton, channels-last")  # on the same images as these
 
 Call = Callable[[], object]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the CSV: a candidate on a layer; ``ratio`` is to the faster dense one."""
+    """One row of the CSV: a candidate on a layer; ``ratio`` is to the faster dense one.
+
+    Rows of before there were layers have no ``form``: their "sgtriton" is the product over blocks.
+    """
 
     candidate: str
+    form: str = field(default="", kw_only=True)
     dtype: str
     block: int
     closed: float
@@ -79,8 +88,22 @@ def pruned_weight(
     return matrix, matrix_to_weight(matrix.to_dense(), layout)
 
 
+def served_layer(weight: torch.Tensor, bias: torch.Tensor) -> nn.Module:
+    """The layer that ``sparsify`` makes of a pruned convolution, timing its forms."""
+    out_channels, channels = weight.shape[:2]
+    conv = nn.Conv2d(channels, out_channels, 3, padding=1, dtype=weight.dtype).eval()
+    with torch.no_grad():
+        conv.weight.copy_(weight)
+        conv.bias.copy_(bias)  # pyright: ignore[reportOptionalMemberAccess]
+    return sgtriton.sparsify(nn.Sequential(conv), block=(BLOCK, BLOCK))[0]
+
+
 def candidates(
-    matrix: BlockSparse, weight: torch.Tensor, bias: torch.Tensor, x: torch.Tensor
+    layer: nn.Module,
+    matrix: BlockSparse,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    x: torch.Tensor,
 ) -> dict[str, Call]:
     """What is compared on a layer, by name; the dense ones come first."""
 
@@ -91,27 +114,33 @@ def candidates(
     return {
         "dense": lambda: F.conv2d(x, weight, bias, padding=1),
         "dense, channels-last": lambda: F.conv2d(last, weight_last, bias, padding=1),
-        "sgtriton": lambda: ours(x),
-        "sgtriton, channels-last": lambda: ours(last),
+        "sgtriton": lambda: layer(x),
+        "sgtriton, channels-last": lambda: layer(last),
+        "product over blocks": lambda: ours(x),
+        "product over blocks, channels-last": lambda: ours(last),
     }
 
 
 @torch.inference_mode()
 def measure(
-    layer: tuple[int, int, int, int], batch: int, dtype: torch.dtype, seconds: float
+    shape: tuple[int, int, int, int], batch: int, dtype: torch.dtype, seconds: float
 ) -> list[Row]:
     """Time the candidates in turns."""
-    channels, out_channels, size, times = layer
+    channels, out_channels, size, times = shape
     matrix, weight = pruned_weight(channels, out_channels, CLOSED, dtype)
     bias = torch.randn(out_channels).to(dtype)
     x = torch.randn(batch, channels, size, size).to(dtype)
-    calls = candidates(matrix, weight, bias, x)
+    with torch.inference_mode(False):  # a model is made outside, and called inside
+        layer = served_layer(weight.clone(), bias.clone())
+    form = layer.form_of(batch * size * size)  # pyright: ignore
+    calls = candidates(layer, matrix, weight, bias, x)
     samples = samples_ms(list(calls.values()), torch.device("cpu"), seconds, rounds=5)
     quantiles = [[statistics.quantiles(s, n=10)[i] for i in (1, 4, 7)] for s in samples]
     dense = min(p50 for name, (_, p50, _) in zip(calls, quantiles, strict=True) if name in DENSE)
     return [
         Row(
             candidate=name,
+            form=form if name in LAYER else "-",
             dtype=str(dtype).removeprefix("torch."),
             block=BLOCK,
             closed=CLOSED,
@@ -175,6 +204,30 @@ def _line(names: list[str], found: dict[str, float]) -> list[str]:
     return line
 
 
+def remark(rows: list[Row]) -> str:
+    """What the report says of its table: how the layers compare on the same images."""
+    if not any(row.form for row in rows):
+        return "; where that is below 1, layers that\n`sgtriton.sparsify` makes compute dense."
+    by_key = {(r.batch, r.channels, r.out_channels, r.size, r.candidate): r for r in rows}
+    speedups = {
+        key: by_key[(*key[:4], DENSE[LAYER.index(r.candidate)])].ms_p50 / r.ms_p50
+        for key, r in by_key.items()
+        if r.candidate in LAYER
+    }
+    slower = [
+        f"{speedup:.2f} at batch {key[0]}, {key[1]} to {key[2]} channels, size {key[3]}"
+        f"{', channels-last' * (key[4] == LAYER[1])} ({by_key[key].form})"
+        for key, speedup in speedups.items()
+        if speedup < SLOWER
+    ]
+    return (
+        '. "sgtriton" is the\nlayer that `sgtriton.sparsify` makes, in the form fastest when it '
+        'was made, "product over\nblocks" is `bsr_conv2d` in any case. On the same images '
+        f"{len(slower)} of {len(speedups)} layers are\nslower than {SLOWER} of dense"
+        f"{': ' * bool(slower)}{'; '.join(slower)}."
+    )
+
+
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add ``conv`` to the command line."""
     command = commands.add_parser("conv", help="pruned convolutions beside the dense ones")
@@ -193,8 +246,8 @@ def _run(arguments: argparse.Namespace) -> int:
     measured = (
         row
         for batch in batches
-        for layer in LAYERS
-        for row in measure(layer, batch, DTYPES[arguments.dtype], arguments.seconds)
+        for shape in LAYERS
+        for row in measure(shape, batch, DTYPES[arguments.dtype], arguments.seconds)
     )
     print(table(write(arguments.out, measured)))
     return 0

@@ -73,8 +73,7 @@ _CONV = """
 
 Milliseconds of one layer, {dtype}, {threads} threads of {cpu}, PyTorch {torch}, commit {commit}; in
 turns with `F.conv2d` on the dense weight, images contiguous and channels-last. "Faster" compares
-the column before it with the faster dense one; where that is below 1, layers that
-`sgtriton.sparsify` makes compute dense. Rerun: `make bench-serve`.
+the column before it with the faster dense one{remark} Rerun: `make bench-serve`.
 
 """
 
@@ -218,7 +217,9 @@ def page() -> str:
     if calls := read(RESULTS / "overhead.csv", overhead.Row):
         text += _OVERHEAD.format(**vars(calls[0])) + overhead.markdown(calls) + "\n"
     if convs := read(RESULTS / "conv.csv", conv.Row):
-        text += _CONV.format(**vars(convs[0])) + conv.markdown(convs) + "\n"
+        text += (
+            _CONV.format(**vars(convs[0]), remark=conv.remark(convs)) + conv.markdown(convs) + "\n"
+        )
     if whole := read(RESULTS / "models.csv", models.Row):
         text += _MODELS.format(**vars(whole[0])) + models.markdown(whole) + "\n"
     if kernels := read(RESULTS / "native.csv", native.Row):

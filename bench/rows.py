@@ -7,7 +7,7 @@ import functools
 import platform
 import subprocess
 from collections.abc import Iterable
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,14 +21,23 @@ Row = TypeVar("Row")
 
 
 def read(path: Path, row_type: type[Row]) -> list[Row]:
-    """Rows of a CSV that this module wrote; none if there is no file."""
+    """Rows of a CSV that this module wrote; none if there is no file.
+
+    A column that the file lacks has its field's default.
+    """
     if not path.exists():
         return []
     kinds = {"float": float, "int": int, "str": str}
     own: tuple[Any, ...] = fields(row_type)  # pyright: ignore[reportArgumentType]
     with open(path, newline="", encoding="utf-8") as file:
         return [
-            row_type(**{f.name: kinds[str(f.type)](line[f.name]) for f in own})
+            row_type(
+                **{
+                    f.name: kinds[str(f.type)](line[f.name])
+                    for f in own
+                    if f.name in line or f.default is MISSING
+                }
+            )
             for line in csv.DictReader(file)
         ]
 

@@ -1,3 +1,6 @@
+import csv
+import dataclasses
+
 import torch
 import torch.nn.functional as F
 
@@ -11,6 +14,7 @@ def test_rows_of_every_candidate_survive_the_csv(tmp_path):
     assert rows.read(path, conv.Row) == measured
     assert [row.candidate for row in measured][:2] == list(conv.DENSE)
     assert min(row.ratio for row in measured[:2]) == 1
+    assert [row.candidate for row in measured if row.form != "-"] == list(conv.LAYER)
     text = conv.table(measured)
     *_, total = text.splitlines()
     assert "all thirteen" in total
@@ -23,6 +27,43 @@ def test_all_candidates_compute_the_same():
     assert blocks.shape == (1, 3, 2)
     assert matrix.nnz == round(0.1 * 3 * 2 * 9)
     x, bias = torch.randn(2, 64, 5, 5), torch.randn(96)
-    outs = [call() for call in conv.candidates(matrix, weight, bias, x).values()]
+    layer = conv.served_layer(weight, bias)
+    outs = [call() for call in conv.candidates(layer, matrix, weight, bias, x).values()]
+    assert len(outs) == 6
     for out in outs[1:]:
         torch.testing.assert_close(out, outs[0])
+
+
+def test_the_first_layer_is_measured_too():
+    (channels, out_channels, *_), *_ = conv.LAYERS
+    measured = conv.measure((channels, out_channels, 6, 1), 1, torch.float32, seconds=0.0)
+    assert {row.candidate for row in measured} >= set(conv.LAYER)
+
+
+def test_slower_layers_are_named():
+    template = conv.measure((64, 64, 6, 1), 1, torch.float32, seconds=0.0)
+    ms = dict(zip([*conv.DENSE, *conv.LAYER], (2.0, 1.0, 1.0, 1.25), strict=True))
+    found = [
+        dataclasses.replace(row, ms_p50=ms.get(row.candidate, 9.0), form=f"form of {i}")
+        for i, row in enumerate(template)
+    ]
+    said = conv.remark(found)
+    assert "1 of 2 layers are slower" in said.replace("\n", " ")
+    assert "0.80 at batch 1, 64 to 64 channels, size 6, channels-last (form of 3)" in said
+    found = [dataclasses.replace(row, ms_p50=1.0) for row in found]
+    assert conv.remark(found).endswith("0 of 2 layers are\nslower than 0.97 of dense.")
+
+
+def test_rows_without_layers_are_still_read(tmp_path):
+    path = tmp_path / "conv.csv"
+    measured = conv.measure((64, 64, 6, 2), 1, torch.float32, seconds=0.0)
+    rows.write(path, [row for row in measured if not row.candidate.startswith("product")])
+    lines = list(csv.DictReader(path.open(encoding="utf-8")))
+    with path.open("w", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [name for name in lines[0] if name != "form"])
+        writer.writeheader()
+        writer.writerows({k: v for k, v in line.items() if k != "form"} for line in lines)
+    found = rows.read(path, conv.Row)
+    assert [row.form for row in found] == [""] * 4
+    assert "compute dense" in conv.remark(found)
+    assert "all thirteen" in conv.markdown(found)
