@@ -187,13 +187,15 @@ def _serving(found: list[serving.Cell]) -> str:
 
 
 def readme_with_tables(text: str) -> str:
-    """README.md with its table of serving as the results give it."""
+    """README.md with its table of serving, and what is lost, as the results give it."""
     begin, end = _MARKS
     if text.count(begin) != 1 or text.count(end) != 1:
         raise ValueError("README.md must hold the marks of its serving table once")
     before, rest = text.split(begin)
-    table = serving.speedups_table(serving_cells(), "float32")
-    return before + begin + table + "\n" + end + rest.split(end)[1]
+    found = serving_cells()
+    table = serving.speedups_table(found, "float32")
+    lost = serving.losses_in_short(found)
+    return f"{before}{begin}{table}\n\n{lost}\n{end}{rest.split(end)[1]}"
 
 
 def page() -> str:

@@ -13,8 +13,10 @@ import argparse
 import itertools
 import math
 import statistics
+import textwrap
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -36,6 +38,7 @@ SPARSITIES = (0.5, 0.8, 0.9, 0.95)
 SHAPES = ((1024, 1024), (4096, 1024), (1024, 4096))  # N, K
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 COUNTED_MS = 0.3  # dense times from which a cell counts in means
+SLOWER, AHEAD = 0.97, 0.05  # of dense, from which down a cell is a loss; so is a peer so far ahead
 SLOW = 8  # times dense, from which a peer is timed by one call and takes no turns
 DENSE = ("dense", "dense, fp32 copy")  # of which the faster is 1
 
@@ -278,14 +281,51 @@ def losses(found: Iterable[Cell]) -> str:
     lines = []
     for c in found:
         cell = f"{c.dtype}, block {c.block}, {c.sparsity:.0%}, (M, N, K) = ({c.M}, {c.N}, {c.K})"
-        if c.speedup < 0.97:
+        if c.speedup < SLOWER:
             lines.append(f"- {cell}: {c.speedup:.2f} of dense ({c.dense_ms:.2f} ms)")
-        if c.ahead > 0.05:
+        if c.ahead > AHEAD:
             lines.append(
                 f"- {cell}: {c.best_peer} ahead by {c.ahead:.0%} "
                 f"({c.dense_ms / c.speedup:.3f} ms against dense {c.dense_ms:.3f} ms)"
             )
     return "\n".join(lines) or "- none"
+
+
+def losses_in_short(found: Iterable[Cell]) -> str:
+    """A Markdown list for the README: the cells behind dense, and by block those behind peers."""
+    found = list(found)
+    slower = [
+        f"{c.speedup:.3f} ({c.dtype}, block {c.block}, {c.sparsity:.0%}, (M, N, K) = "
+        f"({c.M}, {c.N}, {c.K}))"
+        for c in found
+        if c.speedup < SLOWER
+    ]
+    lines = [
+        f"- slower than {SLOWER} of dense: {len(slower)} of {len(found)} cells"
+        f"{': ' * bool(slower)}{', '.join(slower)}"
+    ]
+    with_peers = [c for c in found if c.best_peer != "-"]
+    for block in dict.fromkeys(c.block for c in with_peers):
+        group = [c for c in with_peers if c.block == block]
+        behind = [c for c in group if c.ahead > AHEAD]
+        dtypes = ", ".join(dict.fromkeys(c.dtype for c in group))
+        line = (
+            f"- blocks of {block}x{block}, {dtypes}: a peer ahead by more than {AHEAD:.0%} in "
+            f"{len(behind)} of {len(group)} cells"
+        )
+        if behind:
+            by_m = [
+                f"{count} at M = {m}" for m, count in sorted(Counter(c.M for c in behind).items())
+            ]
+            worst = max(behind, key=lambda c: c.ahead)
+            line += (
+                f" ({', '.join(by_m)}); by most, {worst.ahead:.0%}, {worst.best_peer} at "
+                f"M = {worst.M} and {worst.sparsity:.0%}, (N, K) = ({worst.N}, {worst.K})"
+            )
+        lines.append(line)
+    return "\n".join(
+        textwrap.fill(line, 100, subsequent_indent="  ", break_on_hyphens=False) for line in lines
+    )
 
 
 def table(rows: list[Row]) -> str:
@@ -307,7 +347,7 @@ def table(rows: list[Row]) -> str:
     for dtype, block in sorted({(c.dtype, c.block) for c in found}):
         group = [c for c in found if (c.dtype, c.block) == (dtype, block)]
         worst = min(group, key=lambda c: c.speedup)
-        behind = [c for c in group if c.ahead > 0.05]
+        behind = [c for c in group if c.ahead > AHEAD]
         text += (
             f"\n{dtype}, block {block}: {mean_share(group):.2f} of the ideal; slowest "
             f"{worst.speedup:.2f} of dense; a peer ahead by more than 5 % in {len(behind)} of "

@@ -84,7 +84,54 @@ def test_a_wrong_result_is_not_timed(dtype):
             serving._check(name, wrong, reference)
 
 
-def test_table_of_the_readme_is_what_the_results_give():
+def cell(**changed):
+    plain = serving.Cell(
+        "float32", 16, 0.9, 16, 1024, 4096, "sparse", dense_ms=1.0, speedup=2.0, share=0.2,
+        best_peer="scipy BSR", ahead=-0.5,
+    )  # fmt: skip
+    return dataclasses.replace(plain, **changed)
+
+
+def test_losses_are_counted_by_block():
+    half = cell(dtype="bfloat16", best_peer="-", ahead=0.0, speedup=0.73)
+    lines = serving.losses_in_short(
+        [
+            cell(),
+            cell(M=1, ahead=0.06, sparsity=0.5),
+            cell(M=1, ahead=0.7, sparsity=0.95, best_peer="torch.sparse BSR"),
+            cell(M=64, ahead=0.2),
+            cell(block=32, ahead=0.05, speedup=0.97),
+            half,
+        ]
+    )
+    dense, small, large = " ".join(lines.split()).split(" - ")
+    assert dense == (
+        "- slower than 0.97 of dense: 1 of 6 cells: 0.730 (bfloat16, block 16, 90%, (M, N, K) = "
+        "(16, 1024, 4096))"
+    )
+    assert small == (
+        "blocks of 16x16, float32: a peer ahead by more than 5% in 3 of 4 cells (2 at M = 1, 1 at "
+        "M = 64); by most, 70%, torch.sparse BSR at M = 1 and 95%, (N, K) = (1024, 4096)"
+    )
+    assert large == "blocks of 32x32, float32: a peer ahead by more than 5% in 0 of 1 cells"
+    assert max(map(len, lines.splitlines())) <= 100
+    assert "0 of 1 cells\n" in serving.losses_in_short([cell()]) + "\n"
+
+
+def test_readme_gets_the_table_and_the_losses_between_its_marks():
+    begin, end = report._MARKS
+    text = report.readme_with_tables(f"before\n{begin}old\n{end}after\n")
+    assert text.startswith(f"before\n{begin}| block |")
+    assert text.endswith(f"{end}after\n")
+    assert serving.losses_in_short(report.serving_cells()) in text
+    assert "old" not in text
+    assert report.readme_with_tables(text) == text
+    for without in (f"{begin}old\n", f"old\n{end}", "old\n", text + text):
+        with pytest.raises(ValueError, match="marks"):
+            report.readme_with_tables(without)
+
+
+def test_table_and_losses_of_the_readme_are_what_the_results_give():
     text = report.README.read_text(encoding="utf-8")
     assert report.readme_with_tables(text) == text
 
