@@ -1,3 +1,6 @@
+import pytest
+from helpers import assert_close
+
 from bench import overhead, rows
 
 
@@ -14,9 +17,24 @@ def test_rows_of_every_call_survive_the_csv(tmp_path):
     assert len(lines) == len({row.call for row in measured})
 
 
-def test_calls_with_gradients_make_a_graph():
-    for mode, expected in (("no_grad", False), ("gradients", True)):
-        for group in overhead.candidates(mode == "gradients").values():
-            for name, call in group.items():
-                if not name.startswith(("served", "nn.")):
-                    assert call().requires_grad == expected, name
+@pytest.mark.parametrize("mode", overhead.MODES)
+def test_every_call_is_timed_in_its_mode(mode, monkeypatch):
+    outs = []
+
+    def called_once(calls, *_, **__):
+        outs.extend(call() for call in calls)
+        return [[1.0]] * len(calls)
+
+    monkeypatch.setattr(overhead, "samples_ms", called_once)
+    measured = overhead.measure(mode, seconds=0.0)
+    assert {"served layer, dense", "served layer, sparse"} <= {row.call for row in measured}
+    for row, out in zip(measured, outs, strict=True):
+        assert out.is_inference() == (mode == "inference_mode"), row.call
+        assert out.requires_grad == (mode == "gradients"), row.call
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_calls_of_a_group_compute_the_same(requires_grad):
+    groups = overhead.candidates(requires_grad)
+    assert_close("linear", *(call().detach() for call in groups["linear"].values()))
+    assert_close("convolution", *(call().detach() for call in groups["convolution"].values()))
