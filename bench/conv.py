@@ -10,8 +10,6 @@ counts as often in the sum.
 from __future__ import annotations
 
 import argparse
-import statistics
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -26,6 +24,7 @@ from sgtriton.timing import samples_ms
 
 from . import timed
 from .rows import circumstances, write
+from .timed import DTYPES, SLOWER, Call, quantiles
 
 # input channels, output channels, height and width, how often in VGG-16
 LAYERS = (
@@ -35,13 +34,9 @@ LAYERS = (
 BATCHES = (1, 8)
 BLOCK = 32
 CLOSED = 0.9
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DTYPE = "float32"  # of the results that are kept
 DENSE = ("dense", "dense, channels-last")  # of which the faster is 1
-SLOWER = 0.97  # of dense, from which down a layer is called slower
 LAYER = ("sgtriton", "sgtriton, channels-last")  # on the same images as these
-
-Call = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -135,8 +130,8 @@ def measure(
     form = layer.form_of(batch * size * size)  # pyright: ignore
     calls = candidates(layer, matrix, weight, bias, x)
     samples = samples_ms(list(calls.values()), torch.device("cpu"), seconds, rounds=5)
-    quantiles = [[statistics.quantiles(s, n=10)[i] for i in (1, 4, 7)] for s in samples]
-    dense = min(p50 for name, (_, p50, _) in zip(calls, quantiles, strict=True) if name in DENSE)
+    found = [quantiles(taken) for taken in samples]
+    dense = min(p50 for name, (_, p50, _) in zip(calls, found, strict=True) if name in DENSE)
     return [
         Row(
             candidate=name,
@@ -150,7 +145,7 @@ def measure(
             samples=len(taken),
             **circumstances(),
         )
-        for name, taken, (p20, p50, p80) in zip(calls, samples, quantiles, strict=True)
+        for name, taken, (p20, p50, p80) in zip(calls, samples, found, strict=True)
     ]  # fmt: skip
 
 

@@ -17,7 +17,7 @@ import textwrap
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -31,18 +31,16 @@ from sgtriton.timing import samples_ms
 
 from . import timed
 from .rows import circumstances, write
+from .timed import DTYPES, SLOWER, Call, quantiles
 
 ROWS = (1, 16, 64, 512)
 BLOCKS = (16, 32, 64)
 SPARSITIES = (0.5, 0.8, 0.9, 0.95)
 SHAPES = ((1024, 1024), (4096, 1024), (1024, 4096))  # N, K
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 COUNTED_MS = 0.3  # dense times from which a cell counts in means
-SLOWER, AHEAD = 0.97, 0.05  # of dense, from which down a cell is a loss; so is a peer so far ahead
+AHEAD = 0.05  # of a peer's time, by which ours must be longer for the peer to be called ahead
 SLOW = 8  # times dense, from which a peer is timed by one call and takes no turns
 DENSE = ("dense", "dense, fp32 copy")  # of which the faster is 1
-
-Call = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -170,7 +168,7 @@ def measure(
     dense = min(statistics.median(taken[name]) for name in DENSE if name in taken)
     rows = []
     for name, ms in taken.items():
-        p20, p50, p80 = (ms * 3 if len(ms) == 1 else _quantiles(ms))[:3]
+        p20, p50, p80 = quantiles(ms)
         form = layer.form_of(m) if name == "sgtriton" else "-"  # pyright: ignore
         rows.append(
             Row(
@@ -185,11 +183,6 @@ def measure(
             )
         )  # fmt: skip
     return rows
-
-
-def _quantiles(ms: list[float]) -> list[float]:
-    tenths = statistics.quantiles(ms, n=10)
-    return [tenths[1], statistics.median(ms), tenths[7]]
 
 
 def _once_ms(call: Call) -> float:

@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import statistics
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from sgtriton_kernels._triton import INTERPRETED, why_not_triton
 
 from .rows import RESULTS, commit
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+SLOWER = 0.97  # of dense, from which down a result is called slower
+
+Call = Callable[[], object]
+
+
+def quantiles(ms: list[float]) -> tuple[float, float, float]:
+    """20, 50 and 80 % of the samples; of a single one, thrice that."""
+    if len(ms) == 1:
+        return ms[0], ms[0], ms[0]
+    tenths = statistics.quantiles(ms, n=10)
+    return tenths[1], tenths[4], tenths[7]
 
 
 def add_arguments(command: argparse.ArgumentParser, name: str, seconds: float, of: str) -> None:

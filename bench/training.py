@@ -166,7 +166,7 @@ def measure(
     dense = statistics.median(samples[0])
     rows = []
     for (name, layer), taken in zip(layers.items(), samples, strict=True):
-        p20, p50, p80 = (statistics.quantiles(taken, n=10)[i] for i in (1, 4, 7))
+        p20, p50, p80 = timed.quantiles(taken)
         rows.append(
             Row(
                 candidate=name,
