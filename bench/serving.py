@@ -288,7 +288,7 @@ def losses_in_short(found: Iterable[Cell]) -> str:
     """A Markdown list for the README: the cells behind dense, and by block those behind peers."""
     found = list(found)
     slower = [
-        f"{c.speedup:.3f} ({c.dtype}, block {c.block}, {c.sparsity:.0%}, (M, N, K) = "
+        f"{c.speedup:.4f} ({c.dtype}, block {c.block}, {c.sparsity:.0%}, (M, N, K) = "
         f"({c.M}, {c.N}, {c.K}))"
         for c in found
         if c.speedup < SLOWER
