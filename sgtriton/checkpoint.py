@@ -99,7 +99,19 @@ def load(model: Model, path: str | os.PathLike[str]) -> Model:
         ValueError: a file that is missing, truncated, damaged, not ours, of an unknown version, or
             for another model; names the file, the layer and the rule. The model is unchanged then.
     """
-    path = Path(path)
+    grads = torch.is_grad_enabled()
+    # tensors made under inference_mode could not be saved for a backward pass later
+    with torch.inference_mode(False), torch.set_grad_enabled(grads):
+        others = _load_layers(model, Path(path))
+    # everything was checked, so that nothing is missing but what the sparse layers hold already
+    model.load_state_dict(others, strict=False)
+    leave_fast_paths(model)
+    check_states_of(model)
+    return model
+
+
+def _load_layers(model: nn.Module, path: Path) -> dict[str, torch.Tensor]:
+    """Make the layers of a file sparse ones; returns the rest of its state, checked."""
     description, tensors = read_file(path)
     try:
         _check_device(model)
@@ -136,11 +148,7 @@ def load(model: Model, path: str | os.PathLike[str]) -> Model:
         sparse = sparsify_layer(modules[name], part, block, entry["gate_kind"], serve[name])
         plans[name].apply_to(sparse, entry["dense_copy"])
         log.info("%s: density %.4f, %s", name, part.density, sparse.form)
-    # everything was checked, so that nothing is missing but what the sparse layers hold already
-    model.load_state_dict(others, strict=False)
-    leave_fast_paths(model)
-    check_states_of(model)
-    return model
+    return others
 
 
 def _our_layers(model: nn.Module) -> dict[str, nn.Module]:

@@ -31,8 +31,13 @@ from .stored import StoredWeight
 from .timing import undisturbed_ms
 
 # M that stand for a bucket: a form is worth its mean there, and nothing if it is slower at one
-_ROWS = {"1": (1,), "2-8": (2, 8), "9-32": (16, 32), "33-128": (64, 128), ">128": (512,)}
-_ROWS_OF_CONV = _ROWS | {">128": (512, 4096)}  # an image has many output positions
+_ROWS = {
+    "1": (1,), "2-8": (2, 8), "9-32": (16, 32), "33-128": (64, 128), "129-4096": (512,),
+    ">4096": (),  # as the bucket below, for want of time
+}  # fmt: skip
+# an image has many output positions
+_ROWS_OF_CONV = _ROWS | {"129-4096": (512, 4096), ">4096": (16384,)}
+_MOST_WORK = 2e9  # multiply-adds of a product with the dense weight, above which none is timed
 _MARGIN = 0.9  # a form must beat dense by more than a timing's noise
 # One that reads a copy in fp32 of 16-bit weights, by more: timed alone, the copy may lie in a cache
 # that it does not fit into beside the rest of a model (measured: 1.2 alone, 0.73 beside others).
@@ -159,7 +164,7 @@ def _by_lookup(
     weight: torch.Tensor,
 ) -> Plan:
     forms, expected = {}, {}
-    most = {bucket: rows[-1] for bucket, rows in _ROWS.items()}
+    most = {bucket: rows[-1] if rows else 8192 for bucket, rows in _ROWS.items()}
     for bucket, rows in most.items():
         forms[bucket], expected[bucket] = lookup_form(
             layout, shares, rows, weight.dtype, weight.device, serve_block
@@ -231,15 +236,21 @@ def _by_timing(
 ) -> Plan:
     forms, expected, measured, beside = {}, {}, {}, {}
     random = torch.Generator(weight.device).manual_seed(0)  # the user's generator stays
+    table = _ROWS if weight.dim() == 2 else _ROWS_OF_CONV
     inputs = {
-        bucket: [_example_input(layer, rows, weight, random) for rows in all_rows]
-        for bucket, all_rows in (_ROWS if weight.dim() == 2 else _ROWS_OF_CONV).items()
+        bucket: [_example_input(layer, m, weight, random) for m in rows if _is_quick(m, weight)]
+        for bucket, rows in table.items()
     }
     for x in itertools.chain.from_iterable(inputs.values()):
         calls = _right_ones(calls, x)
     if len(calls) == 1:
         return Plan(dict.fromkeys(BUCKETS, "dense"), "the other forms give other results")
+    before = ""
     for bucket, xs in inputs.items():
+        if not xs:
+            forms[bucket] = forms[before]
+            continue
+        before = bucket
         speedups: dict[str, list[float]] = {form: [] for form in calls}
         for x in xs:
             times = _times(calls, x)
@@ -254,7 +265,7 @@ def _by_timing(
         beside[bucket], measured[bucket] = other, worth[other]
         block = serve_block if other == "merged" and serve_block else layout.block
         expected[bucket] = expected_speedup(
-            other, block, shares[other], layout.weight_shape, _ROWS[bucket][-1],
+            other, block, shares[other], layout.weight_shape, table[bucket][-1],
             weight.dtype, weight.device,
         )  # fmt: skip
     return Plan(forms, _speedups_in_words(beside, measured), expected, measured)
@@ -265,6 +276,11 @@ def _fastest(speedups: Mapping[str, float], dtype: torch.dtype) -> str | None:
     margins = {"dense_left": _MARGIN_WIDE} if dtype.itemsize < 4 else {}
     faster = [form for form in speedups if margins.get(form, _MARGIN) * speedups[form] > 1]
     return max(faster, key=lambda form: speedups[form], default=None)
+
+
+def _is_quick(rows: int, weight: torch.Tensor) -> bool:
+    """Whether a product of so many rows is short enough to be timed; of up to 4096 it always is."""
+    return rows <= BUCKETS["129-4096"] or rows * weight.numel() <= _MOST_WORK
 
 
 def _worth(speedups: list[float]) -> float:
@@ -295,7 +311,9 @@ def _speedups_in_words(beside: Mapping[str, str], measured: Mapping[str, float])
     parts = []
     for form in dict.fromkeys(beside.values()):
         said = [
-            f"{measured[bucket]:.2g}x at M {bucket}" for bucket in _ROWS if beside[bucket] == form
+            f"{measured[bucket]:.2g}x at M {bucket}"
+            for bucket, name in beside.items()
+            if name == form
         ]
         parts.append(f"{form} against dense: {', '.join(said)}")
     return "; ".join(parts)

@@ -29,7 +29,7 @@ from .stored import StoredWeight
 
 # Buckets of M, the rows of x in all, by their upper ends; a layer has a form for each.
 BUCKETS: dict[str, float] = {
-    "1": 1, "2-8": 8, "9-32": 32, "33-128": 128, ">128": float("inf"),
+    "1": 1, "2-8": 8, "9-32": 32, "33-128": 128, "129-4096": 4096, ">4096": float("inf"),
 }  # fmt: skip
 
 # the weight with zeros filled in; the same as the left operand of a product, for few rows on a CPU;
@@ -173,7 +173,8 @@ class SparseModule(nn.Module):
             # an optimizer may hold the Parameter, so that it stays the same object
             if parameter is None:
                 parameter = nn.Parameter(values)
-            elif not torch._has_compatible_shallow_copy_type(parameter, values):  # it was on meta
+            elif not torch._has_compatible_shallow_copy_type(parameter, values):  # pyright: ignore
+                # it was on meta
                 parameter = nn.Parameter(values, parameter.requires_grad)
             if parameter.shape != values.shape:
                 parameter.grad = None

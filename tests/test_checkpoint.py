@@ -936,7 +936,7 @@ OPTIONAL = {
     "serve_block": [[4], [4, 6], [0, 4], [True, 4], "44", [2, 2]],
     "expected": [[], "fast", {"1": 0}, {"1": -1.0}, {"1": True}, {"1": "2"}, {"7": 2.0},
                  {"1": float("inf")}, {"1": float("nan")}, {"1": 10**400}],
-    "measured": [{"1": None}, {">128": [1.0]}],
+    "measured": [{"1": None}, {">4096": [1.0]}],
 }  # fmt: skip
 
 
@@ -945,7 +945,7 @@ def merged():
     model = sgtriton.sparsify(patched(), form="merged", serve_block=(8, 16))
     assert model[3].form == "merged"
     forms = dict.fromkeys(BUCKETS, "merged")
-    model[3].set_forms(forms, "a test", True, dict.fromkeys(BUCKETS, 2.0), {"1": 1.5, ">128": 3})
+    model[3].set_forms(forms, "a test", True, dict.fromkeys(BUCKETS, 2.0), {"1": 1.5, ">4096": 3})
     return model
 
 
@@ -1074,3 +1074,13 @@ def test_forms_are_chosen_anew_in_another_dtype(path, dtype, monkeypatch):
 
 def net_of_linear():
     return sgtriton.patch(nn.Sequential(nn.Linear(32, 32)), block=(8, 8))
+
+
+def test_model_loaded_under_inference_mode_gives_gradients_later(path):
+    sgtriton.save(two_blocks(), path)
+    model = net()
+    with torch.inference_mode():
+        sgtriton.load(model, path)
+    x = X.clone().requires_grad_()
+    model(x).sum().backward()
+    assert x.grad is not None

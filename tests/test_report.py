@@ -222,14 +222,14 @@ def test_frozen_gates_are_shown():
 
 def test_mixed_forms_are_told_with_their_reason():
     model = sgtriton.sparsify(two_layers(), form="dense")
-    forms = {**dict.fromkeys(BUCKETS, "dense"), "33-128": "sparse", ">128": "sparse"}
+    forms = {**dict.fromkeys(BUCKETS, "dense"), "33-128": "sparse", "129-4096": "sparse"}
     reason = (
         "sparse against dense: 0.5x at M=1, 0.7x at M=8, 0.97x at M=32, 1.3x at M=128, 2x at M=512"
     )
     model[0].set_forms(forms, reason, True)
     text = " ".join(str(sgtriton.summary(model)).split())
     assert " 3 of 6 mixed " in text
-    assert f"0: sparse at M 33-128, >128; else dense: {reason}" in text
+    assert f"0: sparse at M 33-128, 129-4096; else dense: {reason}" in text
 
 
 def test_lines_stay_within_a_hundred_columns():
@@ -311,13 +311,15 @@ def test_served_blocks_are_shown_beside_the_gates_own():
 
 def test_expected_and_measured_speedups_are_shown():
     model = sgtriton.sparsify(two_layers(), form="dense")
-    expected = dict(zip(BUCKETS, (0.5, 1.0, 1.5, 2.0, 2.5), strict=True))
+    expected = dict(zip(BUCKETS, (0.5, 1.0, 1.5, 2.0, 2.5, 3.0), strict=True))
     reason = "sparse against dense: 0.4x at M=1, 2x at M=512"
-    model[0].set_forms({**DENSE, ">128": "sparse"}, reason, True, expected, {"1": 0.4, ">128": 2.0})
+    model[0].set_forms(
+        {**DENSE, "129-4096": "sparse"}, reason, True, expected, {"1": 0.4, "129-4096": 2.0}
+    )
     summary = sgtriton.summary(model)
     assert summary.layers[0].expected == expected
-    assert summary.layers[0].measured == {"1": 0.4, ">128": 2.0}
-    said = f"{reason} (expected 0.5x, 1x, 1.5x, 2x, 2.5x)"
+    assert summary.layers[0].measured == {"1": 0.4, "129-4096": 2.0}
+    said = f"{reason} (expected 0.5x, 1x, 1.5x, 2x, 2.5x, 3x)"
     assert said in " ".join(str(summary).split())
     assert max(map(len, str(summary).splitlines())) <= 100
 
@@ -326,16 +328,16 @@ def test_each_reason_has_a_line_where_one_is_too_short():
     model = sgtriton.sparsify(two_layers(), form="dense")
     reasons = [
         "sparse against dense: 0.5x at M 1, 0.7x at M 2-8, 0.97x at M 9-32",
-        "dense_left against dense: 1.3x at M 33-128, 2x at M >128",
+        "dense_left against dense: 1.3x at M 33-128, 2x at M 129-4096",
     ]
-    forms = {**DENSE, "33-128": "dense_left", ">128": "dense_left"}
+    forms = {**DENSE, "33-128": "dense_left", "129-4096": "dense_left"}
     model[0].set_forms(forms, "; ".join(reasons), True, dict.fromkeys(BUCKETS, 1.5))
     lines = str(sgtriton.summary(model)).splitlines()
-    start = lines.index("0: dense_left at M 33-128, >128; else dense:")
+    start = lines.index("0: dense_left at M 33-128, 129-4096; else dense:")
     assert lines[start + 1 : start + 5] == [
         f"  {reasons[0]};",
         f"  {reasons[1]}",
-        "  (expected 1.5x, 1.5x, 1.5x, 1.5x, 1.5x)",
+        "  (expected 1.5x, 1.5x, 1.5x, 1.5x, 1.5x, 1.5x)",
         "2: dense: as asked for",
     ]
 

@@ -116,7 +116,8 @@ def test_conv_computes_what_the_gated_layer_does(make, block, shape, dtype):
 @pytest.mark.parametrize(
     ("rows", "bucket"),
     [(0, "1"), (1, "1"), (2, "2-8"), (8, "2-8"), (9, "9-32"), (32, "9-32"), (33, "33-128"),
-     (128, "33-128"), (129, ">128"), (10**12, ">128")],
+     (128, "33-128"), (129, "129-4096"), (4096, "129-4096"), (4097, ">4096"),
+     (10**12, ">4096")],
 )  # fmt: skip
 def test_bucket_boundaries(rows, bucket):
     layer = served(nn.Linear(16, 8), (4, 4))[0]
@@ -497,7 +498,7 @@ def test_without_a_dense_copy_the_dense_form_computes_the_same(block):
 def test_dense_copy_is_kept_only_where_a_bucket_needs_it():
     layer = served(nn.Linear(12, 8), (4, 4), form="sparse")[0]
     assert layer.dense_weight is None
-    layer.set_forms({**SPARSE, ">128": "dense"}, "a test", True)
+    layer.set_forms({**SPARSE, "129-4096": "dense", ">4096": "dense"}, "a test", True)
     assert_exact("copy", layer.dense_weight, layer.stored.to_dense())
     layer.set_forms(SPARSE, "a test", True)
     assert layer.dense_weight is None
@@ -562,7 +563,7 @@ def test_users_buffers_and_hooks_stay():
     "forms",
     [
         {}, {"1": "sparse"}, {**SPARSE, "256": "sparse"}, {**SPARSE, "1": "fast"},
-        {**SPARSE, ">128": None}, {k: v for k, v in SPARSE.items() if k != "1"},
+        {**SPARSE, ">4096": None}, {k: v for k, v in SPARSE.items() if k != "1"},
     ],
 )  # fmt: skip
 def test_forms_that_do_not_exist_are_refused(forms):

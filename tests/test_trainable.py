@@ -349,7 +349,7 @@ def test_every_pattern_can_be_timed(share, dtype, monkeypatch):
     monkeypatch.setattr(planning, "_LONGER", 0.0)
     model = gated(lambda: nn.Linear(21, 18), (8, 8), share).to(dtype)
     layer = sgtriton.sparsify(model, trainable=True)[0]
-    assert layer.measured.keys() == layer.expected.keys() == BUCKETS.keys()
+    assert layer.measured.keys() == layer.expected.keys() == BUCKETS.keys() - {">4096"}
     assert layer.values.grad is None
 
 
