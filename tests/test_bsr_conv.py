@@ -365,6 +365,18 @@ def test_torch_implementation_serves_any_block(block, device, monkeypatch):
             assert_exact("grad of same", grad, expected)
 
 
+@pytest.mark.parametrize("dtype", [FP32, torch.float64], ids=str)
+def test_one_output_channel_failed_in_backward_with_every_block_stored(dtype, device, monkeypatch):
+    monkeypatch.setattr(bsr_conv_torch, "_is_dense_faster", lambda *_: True)
+    case = Case((16, 1), block=(1, 16), padding=1, share=1.0, dtype=dtype, device=device)
+    case.x = case.x.contiguous(memory_format=torch.channels_last)
+    out = case.out("torch")
+    assert_exact("out", out, case.torch_out())
+    dout = integers(*out.shape, dtype=dtype, device=device)
+    for grad, expected in zip(case.grads(dout, "torch"), case.torch_grads(dout), strict=True):
+        assert_exact("grad", grad, expected)
+
+
 def test_torch_implementation_works_in_bounded_pieces(device, monkeypatch):
     case = Case(images=5, padding=1, device=device)
     monkeypatch.setattr(bsr_conv_torch, "_PLACES", 100)  # two images at a time, then the last

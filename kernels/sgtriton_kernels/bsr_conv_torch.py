@@ -222,7 +222,8 @@ class ConvBlocks:
         else:
             weight = weight.reshape(whole)
         if not self.over_n and not self.over_k:
-            return weight
+            # a view of the values where all blocks are stored: with odd strides on axes of one
+            return weight.contiguous(memory_format=memory_format)
         geometry = self.geometry
         weight = weight.unflatten(0, (geometry.groups, -1))
         weight = weight[:, : geometry.out_per_group, : geometry.in_per_group].flatten(0, 1)
