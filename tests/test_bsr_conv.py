@@ -410,6 +410,16 @@ def test_what_is_kept_with_a_container_fits_every_call(dense, device, monkeypatc
         assert_exact(name, out, case.torch_out())
 
 
+@pytest.mark.parametrize("size", [(0, 4), (4, 0)], ids=str)
+def test_image_of_nothing_but_padding_gave_memory_that_nobody_wrote(size, impl, device):
+    w = BlockSparse.from_dense(torch.ones(16, 64, device=device), (16, 16))
+    given = {"padding": 1, "out_channels": 16, "kernel_size": 2, "impl": impl}
+    for images in (0, 1):
+        with pytest.raises(ValueError, match=r"x must be empty in no way but without images, got"):
+            bsr_conv2d(torch.ones(images, 16, *size, device=device), w, **given)
+    assert len(bsr_conv2d(torch.ones(0, 16, 4, 4, device=device), w, **given)) == 0
+
+
 def test_container_that_fits_another_layer_is_refused_after_it_served_one(device):
     case = Case((16, 16), (1, 2), device=device)
     case.out("torch")
@@ -677,6 +687,7 @@ def test_infinity_gave_nan_to_gradients_that_never_met_it(geometry, which, bad, 
         ({"x": torch.ones(4)}, r"x must be \[B, C, H, W\] or \[C, H, W\], got \[4\]"),
         ({"x": torch.ones(1, 5, 5, 5)}, r"w must be \(4, 72\) for 5 input and 4 output .* got"),
         ({"x": torch.ones(1, 4, 2, 5)}, "x must be large enough for one output"),
+        ({"x": torch.ones(1, 0, 5, 5)}, r"x must be empty in no way but .* got \[1, 0, 5, 5\]"),
         ({"x": torch.ones(1, 4, 5, 5).half()}, r"one dtype, got x torch\.float16, w torch\.float"),
         ({"x": torch.ones(1, 4, 5, 5, device="meta")}, "one device, got x meta, w cpu"),
         ({"bias": torch.ones(5)}, r"bias must be \[4\], got \[5\]"),

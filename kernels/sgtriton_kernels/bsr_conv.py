@@ -272,7 +272,9 @@ def _named_padding(
 
 
 def _check_sizes(geometry: ConvGeometry, w: BlockSparse, x: torch.Tensor) -> None:
-    _, _, height, width = x.shape
+    _, channels, height, width = x.shape
+    if channels < 1 or height < 1 or width < 1:
+        raise ValueError(f"x must be empty in no way but without images, got {list(x.shape)}")
     if min(geometry.out_size((height, width))) < 1:
         raise ValueError(
             f"x must be large enough for one output, got {list(x.shape)} for a kernel of "
@@ -280,7 +282,7 @@ def _check_sizes(geometry: ConvGeometry, w: BlockSparse, x: torch.Tensor) -> Non
         )
     if not torch.compiler.is_compiling() and _kept_blocks(w, geometry) is not None:
         return  # it was found to fit
-    groups, channels, out = geometry.groups, geometry.in_channels, geometry.out_channels
+    groups, out = geometry.groups, geometry.out_channels
     if channels % groups or out % groups:
         raise ValueError(f"groups must divide the {channels} channels of x and the {out} output "
                          f"channels, got {groups}")  # fmt: skip
@@ -325,10 +327,11 @@ def _forward(
 ) -> torch.Tensor:
     """Compute the convolution; of ``w`` only shape and index are read."""
     values = values.contiguous()
-    if not x.numel():
+    out_size = geometry.out_size(x.shape[2:])
+    if not x.shape[0] * math.prod(out_size):
         return _empty(x, geometry, result_format(x))
     if impl == "triton":
-        most = max(map(math.prod, (x.shape[2:], geometry.out_size(x.shape[2:]))))
+        most = max(map(math.prod, (x.shape[2:], out_size)))
         if most > _MOST_PIXELS:
             raise ValueError(
                 f"x and the result must have at most {_MOST_PIXELS} pixels an image for the Triton "
