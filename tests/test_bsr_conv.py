@@ -503,6 +503,46 @@ def test_pipeline_depth_does_not_change_values(stages, impl, device):
     assert_exact("out", case.out(impl, tile=tile), case.torch_out())
 
 
+def test_fp32_precision_followed_the_switch_of_matrix_products(device, impl, monkeypatch):
+    if impl == "torch":
+        pytest.skip("for the kernels")
+    launches = []
+
+    class Recorder:
+        def __getitem__(self, grid):
+            return lambda *args, **kwargs: launches.append(kwargs["PRECISION"])
+
+    for which in ("fwd", "dx", "dvalues"):
+        monkeypatch.setattr(bsr_conv_product, f"_bsr_conv_{which}_kernel", Recorder())
+    case = Case(size=(3, 3), device=device)
+    dout = torch.ones(2, 24, 1, 1, device=device)
+    cudnn, matmul, everything = torch.backends.cudnn, torch.backends.cuda.matmul, torch.backends
+    kept = cudnn.allow_tf32
+    tf32 = "tf32" if torch.version.hip is None else "ieee"
+
+    def precision():
+        launches.clear()
+        case.grads(dout, impl)
+        assert len(launches) == 3
+        return set(launches)
+
+    try:
+        for allow in (False, True):
+            cudnn.allow_tf32, matmul.allow_tf32 = allow, not allow
+            assert precision() == {tf32 if allow else "ieee"}
+        matmul.allow_tf32 = False
+        for switch in (everything, cudnn):
+            cudnn.conv.fp32_precision = "none"  # as the next switch above that is set
+            for name in ("tf32", "ieee"):
+                switch.fp32_precision = name
+                assert precision() == {tf32 if name == "tf32" else "ieee"}
+        cudnn.conv.fp32_precision = "tf32"
+        assert precision() == {tf32}
+    finally:
+        cudnn.fp32_precision = everything.fp32_precision = "none"
+        cudnn.allow_tf32, matmul.allow_tf32 = kept, False
+
+
 def test_default_tile_gives_right_values(impl, device):
     skip_native(impl)
     case = Case((32, 32), size=(4, 4), block=(32, 32), padding=1, device=device)

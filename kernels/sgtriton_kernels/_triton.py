@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -84,9 +84,13 @@ def launch_options(
     return options
 
 
-def dot_precision() -> str:
-    """Precision of fp32 products, as PyTorch's own switch says (``allow_tf32`` sets it too)."""
-    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32" and torch.version.hip is None
+def dot_precision(op: Literal["matmul", "conv"] = "matmul") -> str:
+    """Precision of fp32 products, as PyTorch's own switch for such ops says.
+
+    ``allow_tf32`` sets the switch too, and one that is not set follows the switches above it.
+    """
+    switch = torch.backends.cudnn.conv if op == "conv" else torch.backends.cuda.matmul
+    tf32 = switch.fp32_precision == "tf32" and torch.version.hip is None
     return "tf32" if tf32 else "ieee"
 
 
