@@ -345,6 +345,38 @@ def test_copy_engine_serves_every_form(m, device, monkeypatch):
     assert_exact("no block", case.fwd(replace(TILE, bulk=True)), case.y64())
 
 
+def test_values_that_the_copy_engine_cannot_address_are_read_with_pointers(device, monkeypatch):
+    if not INTERPRETED and device.type == "cpu":
+        pytest.skip("nothing compiled for a CPU asks the copy engine")
+    made = []
+    real = bsr_product._descriptor
+    monkeypatch.setattr(bsr_product, "_descriptor", lambda *a: made.append(a) or real(*a))
+    shape = (20, 64, 96)
+    for tile in (FORMS["bulk"], replace(FORMS["bulk"], form="weight_left")):
+        case = Case(shape, (32, 32), some(shape, (32, 32)), FP32, device)
+        values, w = case.w.values, case.w
+        buffer = torch.empty(values.numel() + 1, device=device)
+        shifted = buffer[1:].view(values.shape).copy_(values)
+        case.w = BlockSparse._from_validated(
+            shifted, w.crow, w.col, w.shape, w.ccol, w.row, w.perm, w.row_order
+        )
+        assert_exact("y", case.fwd(tile), case.y64())
+        assert_exact("dx", case.dx(tile), case.dx64())
+    assert not made
+
+
+def test_pairs_of_a_grid_beyond_32_bits_were_lost(device):
+    rows, cols = 140_000, 70_000
+    crow = torch.zeros(rows + 1, dtype=torch.int32, device=device)
+    crow[-1] = 1
+    col = torch.tensor([cols - 1, 0], dtype=torch.int32, device=device)
+    pairs = pair_rows(crow, col)
+    assert pairs.starts.tolist() == [0] * (rows // 2) + [1]
+    assert pairs.col.tolist() == [cols - 1, 0]
+    assert pairs.which.tolist() == [[-1, 0], [-1, -1]]
+    assert pairs.order[0] == rows // 2 - 1
+
+
 @pytest.mark.parametrize("threads", [2, 3, 16])
 @pytest.mark.parametrize("form", ["weight_left", "vector", "split", "pairs"])
 def test_block_rows_dealt_out_to_threads_are_all_there(form, threads, device, monkeypatch):

@@ -87,7 +87,7 @@ def pair_rows(crow: torch.Tensor, col: torch.Tensor) -> PairedRows:
     block_rows, nnz, device = len(crow) - 1, len(col) - 1, col.device
     pairs, cols = -(-block_rows // 2), int(col.max()) + 1
     row = torch.repeat_interleave(crow.diff(), output_size=nnz)
-    steps, step = torch.unique(row // 2 * cols + col[:nnz], return_inverse=True)
+    steps, step = torch.unique(row.long() // 2 * cols + col[:nnz], return_inverse=True)
     which = col.new_full((len(steps) + 1, 2), -1)
     which[step, row % 2] = torch.arange(nnz, dtype=col.dtype, device=device)
     lengths = torch.bincount(steps // cols, minlength=pairs)
@@ -248,8 +248,9 @@ def _product(
         whole = m == tiles_m * tile.BLOCK_M and size % (block_k if transposed else block_n) == 0
         threads = torch.get_num_threads()
     elif (
-        tile.bulk and not pairs and even and read == "rows" and _has_copy_engine(x2) and len(values)
-    ):
+        tile.bulk and not pairs and even and read == "rows" and len(values)
+        and _has_copy_engine(x2) and _has_copy_engine(values)
+    ):  # fmt: skip
         read = "bulk"
         x = _descriptor(x2, strides, (tile.BLOCK_M, block_n if transposed else block_k))
         stored = _descriptor(values, values.stride(), (1, block_n, block_k))
