@@ -182,6 +182,19 @@ def test_dvalues_are_exact_however_rows_are_shared(split, dtype, device):
             assert (dvalues[case.outside] == 0).all()
 
 
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+@pytest.mark.parametrize("split", [1, 3])
+def test_infinity_gave_nan_to_dvalues_beyond_a_ragged_edge(split, bad, device):
+    for shape in ((5, 40, 70), (5, 40, 64), (5, 48, 70)):
+        case = Case(shape, (16, 16), torch.ones(grid(shape, (16, 16))).bool(), FP32, device)
+        case.x[0, -1] = case.dy[1, -1] = bad
+        dvalues = case.dvalues(replace(TILE, split=split))
+        assert (dvalues[case.outside] == 0).all()
+        finite = case.dvalues64().isfinite()
+        assert_exact(str(shape), dvalues[finite], case.dvalues64()[finite])
+        assert not dvalues[~finite].isfinite().any()
+
+
 def test_shared_rows_are_added_up_in_the_same_order(device):
     shape = (300, 32, 48)
     case = Case(shape, (16, 16), some(shape, (16, 16)), FP32, device, torch.randn)

@@ -195,6 +195,7 @@ def bsr_linear_dvalues(
             *row_strides(dy2),
             *row_strides(x2),
             ALIGNED_DY=is_aligned(dy2), ALIGNED_X=is_aligned(x2),
+            RAGGED=n % bn > 0 or k % bk > 0,
             SOFT_BF16=soft_bf16(x2.dtype, x2.device),
             PRECISION=dot_precision(),
             BN=bn, BK=bk, SPLIT=split,
@@ -711,6 +712,7 @@ def _bsr_dvalues_kernel(
     stride_xm, stride_xk,
     ALIGNED_DY: tl.constexpr,  # stride_dn is 1; stride_dm and N are multiples of 16
     ALIGNED_X: tl.constexpr,  # stride_xk is 1; stride_xm and K are multiples of 16
+    RAGGED: tl.constexpr,  # blocks overhang N or K
     SOFT_BF16: tl.constexpr,
     PRECISION: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr,  # sides of a block
@@ -748,8 +750,7 @@ def _bsr_dvalues_kernel(
     mask_n = offs_n < N
     mask_k = offs_k < K
 
-    # What overhangs a ragged edge is read as 0, and so are its sums. dy is read transposed: as a
-    # left operand mma.sync's loop pipelines it in no other way.
+    # dy is read transposed: as a left operand mma.sync's loop pipelines it in no other way.
     acc = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
     for i in range(start, end):
         offs_m = tl.cast(i, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -767,6 +768,8 @@ def _bsr_dvalues_kernel(
             x = x.to(tl.float32)
         acc = tl.dot(dy, x, acc, input_precision=PRECISION)
 
+    if RAGGED:  # beyond an edge the gradient is 0, whatever 0 was multiplied with
+        acc = tl.where(mask_n[:, None] & mask_k[None, :], acc, 0.0)
     offs = which * (BN * BK) + offs_bn[:, None] * BK + offs_bk[None, :]
     if SPLIT > 1:
         tl.store(dvalues_ptr + share * NNZ * (BN * BK) + offs, acc)  # pyright: ignore
