@@ -1,5 +1,6 @@
 """``bsr_conv2d`` and ``bsr_conv1d``: values, gradients, refusals, compilation."""
 
+import contextlib
 import copy
 import itertools
 import mmap
@@ -220,22 +221,69 @@ def test_gradients_pass_the_activation(activation, impl, device):
         assert_within_twice(name, a, b, c)
 
 
-def test_gradients_that_nobody_needs_are_not_computed(impl, device):
+WANTED = [which for which in itertools.product((False, True), repeat=3) if any(which)]
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("watched", [False, True], ids=["", "watched"])
+@pytest.mark.parametrize("dense", [False, True], ids=["", "dense"])
+def test_gradients_that_nobody_needs_were_computed(
+    dense, watched, memory_format, impl, device, monkeypatch
+):
     skip_native(impl)
-    case = Case(size=(3, 3), device=device)
-    for which in itertools.product((False, True), repeat=3):
-        if not any(which):
-            continue
+    if impl == "triton" and dense:
+        pytest.skip("for the torch implementation")
+    monkeypatch.setattr(bsr_conv_torch, "_is_dense_faster", lambda *_: dense)
+    done = []
+    real = bsr_conv._backward
+    monkeypatch.setattr(bsr_conv, "_backward", lambda *a: done.append(real(*a)) or done[-1])
+    launched = []
+    for name in ("bsr_conv_dx", "bsr_conv_dvalues"):
+        launch = getattr(bsr_conv, name)
+        monkeypatch.setattr(
+            bsr_conv, name, lambda *a, launch=launch, name=name: launched.append(name) or launch(*a)
+        )
+    case = Case(size=(3, 3), device=device, padding=(0, 1))
+    case.x = case.x.contiguous(memory_format=memory_format)
+    expected = case.torch_grads(torch.ones(2, 24, 1, 3, device=device))
+    for which in WANTED:
+        done.clear()
+        launched.clear()
         tensors = [case.x, case.w.values, case.bias]
         for t, needed in zip(tensors, which, strict=True):
             t.requires_grad_(needed)
-        case.out(impl).sum().backward()
-        expected = case.torch_grads(torch.ones(2, 24, 1, 1, device=device))
-        for t, needed, grad in zip(tensors, which, expected, strict=True):
-            assert (t.grad is not None) == needed
-            if t.grad is not None:
-                assert_exact(str(which), t.grad, grad)
+        with FlopCounterMode(display=False) if watched else contextlib.nullcontext():
+            case.out(impl).sum().backward()
+        (found,) = done
+        for t, needed, grad, exact in zip(tensors, which, found, expected, strict=True):
+            assert grad.numel() == (exact.numel() if needed else 0)
+            if needed:
+                assert_exact(str(which), t.grad, exact)
             t.grad = None
+        if which[0]:
+            assert found[0].is_contiguous(memory_format=memory_format)
+        if impl == "triton":
+            names = ("bsr_conv_dx", "bsr_conv_dvalues")
+            wanted = [name for name, need in zip(names, which[:2], strict=True) if need]
+            assert launched == wanted
+
+
+@pytest.mark.parametrize("watched", [False, True], ids=["", "watched"])
+def test_what_no_gradient_is_made_of_was_kept_until_backward(watched, impl, device):
+    skip_native(impl)
+    case, saved = Case((16, 16), (1, 1), (2, 2), device=device), []
+    for which in WANTED:
+        for t, needed in zip((case.x, case.w.values, case.bias), which, strict=True):
+            t.requires_grad_(needed)
+        saved.clear()
+        with (
+            torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t),
+            FlopCounterMode(display=False) if watched else contextlib.nullcontext(),
+        ):
+            case.out(impl)
+        kept = {t.data_ptr() for t in saved}
+        assert (case.x.data_ptr() in kept) == which[1]
+        assert (case.w.values.data_ptr() in kept) == which[0]
 
 
 def test_second_derivatives_agree_with_dense(device):
@@ -251,8 +299,11 @@ def test_second_derivatives_agree_with_dense(device):
         return bsr_conv2d(x, w, bias, **case.options, **case.sizes)
 
     inputs = (case.x.requires_grad_(), values, case.bias.requires_grad_())
-    assert torch.autograd.gradcheck(run, inputs)
-    assert torch.autograd.gradgradcheck(run, inputs)
+    for which in WANTED:  # what needs no gradient is not kept
+        for t, needed in zip(inputs, which, strict=True):
+            t.requires_grad_(needed)
+        assert torch.autograd.gradcheck(run, inputs)
+        assert torch.autograd.gradgradcheck(run, inputs)
 
 
 def test_memory_layouts_do_not_matter(impl, device):

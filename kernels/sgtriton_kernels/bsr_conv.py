@@ -416,18 +416,38 @@ def _container(
     return BlockSparse._from_validated(values, crow, col, shape, *derived)
 
 
+def _keep(ctx, x: torch.Tensor, values: torch.Tensor, *index: torch.Tensor) -> None:
+    """Save what gradients are made of: each of two factors for the other's."""
+    need_dx, need_dvalues, *_ = ctx.needs_input_grad
+    ctx.save_for_backward(x if need_dvalues else None, values if need_dx else None, *index)
+    ctx.x_like, ctx.values_shape = (x.shape, result_format(x)), values.shape
+
+
+def _kept(ctx, dout: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """What :func:`_keep` was given, with memory that nobody reads for what it did not save."""
+    x, values, *index = ctx.saved_tensors
+    # with a graph gradients are asked of them
+    like = {"dtype": dout.dtype, "device": dout.device, "requires_grad": torch.is_grad_enabled()}
+    if x is None:
+        shape, memory_format = ctx.x_like
+        x = torch.empty(shape, memory_format=memory_format, **like)
+    if values is None:
+        values = torch.empty(ctx.values_shape, **like)
+    return x, values, index
+
+
 class _BsrConv(torch.autograd.Function):
     """The function behind the op, where nobody looks at ops."""
 
     @staticmethod
     def forward(ctx, x, values, bias, w, static):
-        ctx.save_for_backward(x, values)
+        _keep(ctx, x, values)
         ctx.w, ctx.static = w, static
         return _forward(x, values, bias, w, *static)
 
     @staticmethod
     def backward(ctx, dout):
-        x, values = ctx.saved_tensors
+        x, values, _ = _kept(ctx, dout)
         geometry, _, impl, tile = ctx.static
         return (
             *_grads(dout, x, values, ctx.w, geometry, impl, tile, ctx.needs_input_grad),
@@ -441,13 +461,13 @@ class _BsrConvOp(torch.autograd.Function):
     def forward(ctx, x, values, bias, index, static):
         with torch._C._AutoDispatchBelowAutograd():
             out = _bsr_conv_op(x, values, bias, *index, *static)
-        ctx.save_for_backward(x, values, *index)
+        _keep(ctx, x, values, *index)
         ctx.static = static
         return out
 
     @staticmethod
     def backward(ctx, dout):
-        x, values, *index = ctx.saved_tensors
+        x, values, index = _kept(ctx, dout)
         packed, _, impl, tile = ctx.static
         geometry = ConvGeometry.unpack(packed)
         w = _container(values, index, geometry)
