@@ -422,14 +422,15 @@ def bsr_conv_bwd_torch(
     wide_values = values if dtype == wide else values.to(wide)
     # In a line a product that does not exist has a factor 0, which infinity makes NaN. It shows in
     # gradients that are few beside what was multiplied for them, and the dense layer says which.
+    # Not on a card, where asking waits for all that was launched: there NaN may stand for more.
     is_dense = _is_dense_faster(blocks, x, dout.shape[2:])
-    if not is_dense and need_dx and not _is_finite(wide_values):
+    if not is_dense and need_dx and x.is_cpu and not _is_finite(wide_values):
         is_dense = True
     if is_dense:
         dx, dvalues = _dense_bwd(dout, x, wide_values, blocks, (need_dx, need_dvalues))
     else:
         dx, dvalues = _lines_bwd(dout, x, wide_values, blocks, (need_dx, need_dvalues))
-        if dvalues is not None and not _is_finite(dvalues):
+        if dvalues is not None and x.is_cpu and not _is_finite(dvalues):
             _, dvalues = _dense_bwd(dout, x, wide_values, blocks, (False, True))
     if dx is not None:
         dx = (dx if dtype == wide else dx.to(dtype)).contiguous(memory_format=result_format(x))
