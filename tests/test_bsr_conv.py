@@ -5,6 +5,7 @@ import copy
 import itertools
 import mmap
 import pickle
+import threading
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from cards import CARDS, compile_for
 from helpers import DTYPES, assert_exact, assert_within_twice, integers, layouts, poisoned
-from sgtriton_kernels import bsr_conv, bsr_conv_product, bsr_conv_torch
+from sgtriton_kernels import _scratch, bsr_conv, bsr_conv_product, bsr_conv_torch
 from sgtriton_kernels._impl import use_impl
 from sgtriton_kernels._ops import ops
 from sgtriton_kernels._triton import INTERPRETED, tl, triton
@@ -438,6 +439,24 @@ def test_torch_implementation_works_in_bounded_pieces(device, monkeypatch):
         assert_exact("out", case.out("torch"), case.torch_out())
     for grad, expected in zip(case.grads(dout, "torch"), case.torch_grads(dout), strict=True):
         assert_exact("grad", grad, expected)
+
+
+def test_lines_of_one_large_image_stayed_in_memory(device, monkeypatch):
+    if device.type != "cpu":
+        pytest.skip("memory is kept on a CPU only")
+    kept = threading.local()
+    monkeypatch.setattr(_scratch, "_kept", kept)
+    case = Case((8, 8), (3, 3), (40, 30), 1, (8, 8), share=1.0, padding=1)
+    dout = integers(1, 8, 40, 30)
+    for limit in (1 << 12, 1 << 30):
+        monkeypatch.setattr(bsr_conv_torch, "_KEPT", limit)
+        for loop in (0, 1 << 20):
+            monkeypatch.setattr(bsr_conv_torch, "_LOOP", loop)
+            assert_exact("out", case.out("torch"), case.torch_out())
+        for grad, expected in zip(case.grads(dout, "torch"), case.torch_grads(dout), strict=True):
+            assert_exact("grad", grad, expected)
+        size = sum(buffer.nbytes for buffer in vars(kept).values())
+        assert (size == 0) == (limit == 1 << 12)
 
 
 @pytest.mark.parametrize("dense", [False, True])

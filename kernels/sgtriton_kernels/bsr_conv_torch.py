@@ -22,7 +22,8 @@ from torch._prims_common import suggest_memory_format
 from ._scratch import scratch_parts
 from .conv_geometry import ConvGeometry, Pair
 
-_PLACES = 1 << 14  # of images that are computed together; bounds the memory kept between calls
+_PLACES = 1 << 14  # of images that are computed together; a larger image has a line of its own
+_KEPT = 64 << 20  # bytes of lines that are kept for the next call
 _LOOP = 512  # outputs from which a call for each block pays
 _TRANSPOSED = 1 << 11  # outputs of a block that are transposed at a time
 _GATHERED = 1 << 20  # elements that a batch gathers and writes
@@ -522,7 +523,10 @@ def _scratch_lines(sizes, by_place: list[bool], dtype, device) -> list[torch.Ten
         (*lead, places, side) if whole else (*lead, side, places)
         for (*lead, places, side), whole in zip(sizes, by_place, strict=True)
     ]
-    lines = scratch_parts(shapes, dtype, device)
+    if sum(map(math.prod, shapes)) * dtype.itemsize > _KEPT:
+        lines = [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
+    else:
+        lines = scratch_parts(shapes, dtype, device)
     return [t if whole else t.transpose(-1, -2) for t, whole in zip(lines, by_place, strict=True)]
 
 
