@@ -89,7 +89,8 @@ def dot_precision(op: Literal["matmul", "conv"] = "matmul") -> str:
 
     ``allow_tf32`` sets the switch too, and one that is not set follows the switches above it.
     """
-    switch = torch.backends.cudnn.conv if op == "conv" else torch.backends.cuda.matmul
+    backends = torch.backends
+    switch = backends.cudnn.conv if op == "conv" else backends.cuda.matmul  # pyright: ignore
     tf32 = switch.fp32_precision == "tf32" and torch.version.hip is None
     return "tf32" if tf32 else "ieee"
 
