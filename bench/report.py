@@ -163,9 +163,10 @@ def serving_cells() -> list[serving.Cell]:
 
 
 def _serving(found: list[serving.Cell]) -> str:
-    row = read(RESULTS / "serving.csv", serving.Row)[0]
+    rows = read(RESULTS / "serving.csv", serving.Row)
+    commits = ", ".join(dict.fromkeys(row.commit for row in rows))
     text = _SERVING.format(
-        **vars(row),
+        **vars(rows[0]) | {"commit": commits},
         shapes=", ".join(map(str, serving.SHAPES)),
         counted=serving.COUNTED_MS,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 import warnings
 from collections.abc import Callable, Mapping
@@ -39,9 +40,10 @@ _ROWS = {
 _ROWS_OF_CONV = _ROWS | {"129-4096": (512, 4096), ">4096": (16384,)}
 _MOST_WORK = 2e9  # multiply-adds of a product with the dense weight, above which none is timed
 _MARGIN = 0.9  # a form must beat dense by more than a timing's noise
-# One that reads a copy in fp32 of 16-bit weights, by more: timed alone, the copy may lie in a cache
-# that it does not fit into beside the rest of a model (measured: 1.2 alone, 0.73 beside others).
-_MARGIN_WIDE = 0.67
+# One that reads a large copy in fp32 of 16-bit weights, by more: timed alone, the copy may lie in a
+# cache that it does not fit into beside the rest of a model (measured with 16 MiB: 1.2 alone, 0.73
+# beside others; with 4 MiB 1.1 in either).
+_MARGIN_WIDE, _LARGE = 0.67, 8 << 20
 _SECONDS = 0.03  # that a first look at the forms takes, at each M
 _CLOSE, _LONGER = 1.15, 0.12  # those so near to the fastest are timed again, for so many seconds
 
@@ -205,7 +207,7 @@ def lookup_form(
         )
         for form, share in density.items()
     }
-    best = _fastest(speedups, dtype)
+    best = _fastest(speedups, dtype, layout.weight_shape)
     return ("dense", 1.0) if best is None else (best, speedups[best])
 
 
@@ -257,7 +259,7 @@ def _by_timing(
             for form, ms in times.items():
                 speedups[form].append(times["dense"] / ms)
         worth = {form: _worth(found) for form, found in speedups.items() if form != "dense"}
-        other = _fastest(worth, weight.dtype)
+        other = _fastest(worth, weight.dtype, layout.weight_shape)
         forms[bucket] = other or "dense"
         if other is None:  # how near the sparse ones came is what one wants to know
             sparse = [form for form in worth if form != "dense_left"]
@@ -271,9 +273,12 @@ def _by_timing(
     return Plan(forms, _speedups_in_words(beside, measured), expected, measured)
 
 
-def _fastest(speedups: Mapping[str, float], dtype: torch.dtype) -> str | None:
+def _fastest(
+    speedups: Mapping[str, float], dtype: torch.dtype, weight_shape: tuple[int, ...]
+) -> str | None:
     """The form that is fastest of those that beat dense by more than their margin."""
-    margins = {"dense_left": _MARGIN_WIDE} if dtype.itemsize < 4 else {}
+    has_large_copy = dtype.itemsize < 4 and 4 * math.prod(weight_shape) > _LARGE
+    margins = {"dense_left": _MARGIN_WIDE} if has_large_copy else {}
     faster = [form for form in speedups if margins.get(form, _MARGIN) * speedups[form] > 1]
     return max(faster, key=lambda form: speedups[form], default=None)
 

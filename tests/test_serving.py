@@ -242,8 +242,11 @@ def test_copy_of_twice_the_bytes_must_win_by_more(monkeypatch, dtype, gain, form
         "undisturbed_ms",
         lambda calls, *a: [gain, 1.0, *[5.0] * (len(calls) - 2)],  # dense, dense_left, others
     )
+    monkeypatch.setattr(planning, "_LARGE", 4 * 64 * 48 - 1)
     layer = sgtriton.sparsify(mlp().to(dtype))[0]
     assert layer.form == form
+    small = sgtriton.sparsify(nn.Sequential(mlp()[2]).to(dtype))[0]
+    assert small.form == "dense_left"
     assert layer.measured["1"] == pytest.approx(gain if form == "dense_left" else gain / 5)
 
 
@@ -251,6 +254,7 @@ def test_slower_winner_with_a_smaller_margin_is_taken(monkeypatch):
     monkeypatch.setattr(
         planning, "undisturbed_ms", lambda calls, *a: [1.3, 1.0, 1.1, *[9.0] * (len(calls) - 3)]
     )
+    monkeypatch.setattr(planning, "_LARGE", 0)
     layer = sgtriton.sparsify(mlp().bfloat16())[0]
     assert layer.form == "sparse"
     assert layer.measured["1"] == pytest.approx(1.3 / 1.1)
