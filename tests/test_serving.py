@@ -233,10 +233,10 @@ def test_sparse_must_win_by_more_than_the_noise(monkeypatch, dense_ms, form):
 @pytest.mark.parametrize(
     ("dtype", "gain", "form"),
     [(torch.float32, 1.2, "dense_left"), (torch.bfloat16, 1.2, "dense"),
-     (torch.bfloat16, 1.4, "dense"), (torch.bfloat16, 1.6, "dense_left")],
+     (torch.bfloat16, 1.9, "dense"), (torch.bfloat16, 2.1, "dense_left")],
 )  # fmt: skip
 def test_copy_of_twice_the_bytes_must_win_by_more(monkeypatch, dtype, gain, form):
-    """Timed alone it was 1.2 times as fast as bf16, beside other work 0.73 times."""
+    """Timed alone it was 1.7 times as fast as bf16, beside other work 0.86 times."""
     monkeypatch.setattr(
         planning,
         "undisturbed_ms",
