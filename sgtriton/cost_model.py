@@ -9,8 +9,8 @@ import torch
 # The cost model, by kind of device; for cards rough, for want of a measurement. For a CPU fitted to
 # the fp32 cells of bench/results/serving.csv: two AVX2 cores, weights of 1024x1024, 4096x1024 and
 # 1024x4096, M of 1, 16, 64 and 512, blocks of 16, 32 and 64, 50 to 95 % closed. What it expects of
-# sparse is within a factor of 1.5 of the measured speed-up in 90 % of them, and of 2.5 in all; in
-# bf16, to which only the slow rate was fitted, within 1.5 in 75 %.
+# sparse is within a factor of 1.5 of the measured speed-up in 93 % of them, and of 2 in all; in
+# bf16, to which only the slow rate was fitted, within 1.5 in 90 %.
 _RATES = {"cpu": (1.4e11, 5.5e10), "cuda": (2e14, 2e12)}  # operations, bytes, in a second
 _REACHED = {  # of these, by a block's shorter side
     "cpu": {64: 0.65, 32: 0.5, 16: 0.33, 1: 0.05},

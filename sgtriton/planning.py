@@ -40,9 +40,9 @@ _ROWS = {
 _ROWS_OF_CONV = _ROWS | {"129-4096": (512, 4096), ">4096": (16384,)}
 _MOST_WORK = 2e9  # multiply-adds of a product with the dense weight, above which none is timed
 _MARGIN = 0.9  # a form must beat dense by more than a timing's noise
-# One that reads a large copy in fp32 of 16-bit weights, by more: timed alone, the copy may lie in a
-# cache that it does not fit into beside the rest of a model (measured with 16 MiB: 1.2 to 1.7 alone,
-# 0.73 to 1.1 beside others; with 4 MiB 1.1 in either).
+# One that reads a large copy in fp32 of 16-bit weights, by more: timed alone, the copy may lie in
+# a cache that it does not fit into beside the rest of a model (measured with 16 MiB: 1.2 to 1.7
+# alone, 0.73 to 1.1 beside others; with 4 MiB 1.1 in either).
 _MARGIN_WIDE, _LARGE = 0.5, 8 << 20
 _SECONDS = 0.03  # that a first look at the forms takes, at each M
 _CLOSE, _LONGER = 1.15, 0.12  # those so near to the fastest are timed again, for so many seconds
