@@ -32,7 +32,7 @@ def share_within(found, most):
 
 
 def model_fits():
-    """What is promised of the model; the CSV has 0.93 and 1.0 in fp32, 0.90 in bf16, median 0.97."""
+    """What is promised of the model; the CSV has 0.93 and 1 in fp32, 0.90 in bf16, median 0.97."""
     wide, half = factors("float32"), factors("bfloat16")
     assert len(wide) == len(half) == 144
     return (
