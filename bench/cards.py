@@ -131,6 +131,8 @@ def compile_for(
         for i, name in enumerate(order)
         if signature[name].startswith("*")
     }
+    if card[0] == "hip" and constexprs.get("PRECISION") == "tf32":
+        constexprs = constexprs | {"PRECISION": "ieee"}  # as at launch: AMD's cards have no TF32
     source = ASTSource(kernel, signature, constexprs=constexprs, attrs=aligned)
     options = {"num_warps": num_warps}
     if num_stages is not None:
