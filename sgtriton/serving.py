@@ -92,6 +92,14 @@ def _sparsify(
     gated = dict(named_gated_layers(model))
     pruned, left = ({}, {}) if block is None else find_pruned(model, block, include, exclude)
     if not gated and not pruned:
+        sparse = [n for n, m in model.named_modules() if isinstance(m, SparseModule)]
+        if sparse:
+            shown = ", ".join(name or "the model" for name in sparse[:5])
+            raise ValueError(
+                f"the model has no gated layer; sparse already: {shown}"
+                f"{', ...' if len(sparse) > 5 else ''}; to choose forms anew, sgtriton.unpatch "
+                "first and name the block: sgtriton.sparsify(model, block=(32, 32))"
+            )
         if block is not None:
             raise ValueError(nothing_pruned(left, block))
         raise ValueError(

@@ -175,6 +175,16 @@ def test_model_without_gates_is_refused():
             sgtriton.sparsify(model)
 
 
+def test_model_that_is_sparse_already_is_told_the_way_to_choose_anew():
+    """It was told to patch and train."""
+    model = sgtriton.sparsify(mlp(), form="dense")
+    for block in (None, (16, 16)):
+        with pytest.raises(ValueError, match=r"sparse already: 0, 2; .* sgtriton\.unpatch first"):
+            sgtriton.sparsify(model, block=block)
+    sgtriton.sparsify(sgtriton.unpatch(model), form="sparse", block=(16, 16))
+    assert BlockSparseLinear in map(type, model)
+
+
 class FakeTimes:
     """In place of the timer: says how much slower dense is than the other forms at each M."""
 
