@@ -247,12 +247,10 @@ def _by_timing(
         calls = _right_ones(calls, x)
     if len(calls) == 1:
         return Plan(dict.fromkeys(BUCKETS, "dense"), "the other forms give other results")
-    before = ""
     for bucket, xs in inputs.items():
         if not xs:
-            forms[bucket] = forms[before]
+            forms[bucket] = [*forms.values()][-1]
             continue
-        before = bucket
         speedups: dict[str, list[float]] = {form: [] for form in calls}
         for x in xs:
             times = _times(calls, x)

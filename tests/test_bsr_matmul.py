@@ -566,9 +566,7 @@ def test_op_reads_an_index_once_and_again_when_it_changed():
 
 def test_index_that_an_op_read_is_not_kept_longer_than_its_tensors():
     w = BlockSparse.from_dense(torch.eye(16), (16, 16))
-    bsr_matmul._container_again(
-        w.values, (w.crow, w.col, w.ccol, w.row, w.perm, w.row_order), (16, 16)
-    )
+    bsr_matmul._container(w.values, w.index_tensors, (16, 16), "torch")
     before, kept = len(bsr_matmul._indices), weakref.ref(bsr_matmul._indices[w.crow][2])
     del w
     assert len(bsr_matmul._indices) < before

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 
+_NOTHING = nullcontext()  # one for all: making it costs more than entering it
 MaybeTensor = TypeVar("MaybeTensor", torch.Tensor, torch.Tensor | None)
 
 
@@ -29,4 +30,4 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """For what comes after an op's entry, which has cast: autocast would round the sums."""
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
-    return nullcontext()
+    return _NOTHING

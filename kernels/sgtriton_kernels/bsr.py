@@ -198,6 +198,14 @@ class BlockSparse:
             object.__setattr__(self, name, value)
         return self
 
+    @classmethod
+    def _from_index(
+        cls, values: torch.Tensor, index: Sequence[torch.Tensor], shape: tuple[int, int]
+    ) -> BlockSparse:
+        """Wrap values and the :attr:`index_tensors` of a matrix that was validated before."""
+        crow, col, *derived = index
+        return cls._from_validated(values, crow, col, shape, *derived)
+
     @property
     def block(self) -> tuple[int, int]:
         """``(bn, bk)``, the sides of a block."""
@@ -207,6 +215,11 @@ class BlockSparse:
     def nnz(self) -> int:
         """Number of stored blocks."""
         return self.values.shape[0]
+
+    @property
+    def index_tensors(self) -> tuple[torch.Tensor, ...]:
+        """``crow, col, ccol, row, perm, row_order``: what ops take in a container's place."""
+        return self.crow, self.col, self.ccol, self.row, self.perm, self.row_order
 
     @property
     def block_rows(self) -> int:

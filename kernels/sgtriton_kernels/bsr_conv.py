@@ -23,7 +23,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ._autocast import cast_inputs, without_autocast
 from ._impl import resolve_impl
-from ._ops import grads_with_graph, is_watched, register_op
+from ._ops import grads_with_graph, is_watched, needs_graph, register_op
 from ._triton import is_native
 from .activations import ACTIVATIONS, check_activation
 from .bsr import BlockSparse
@@ -180,15 +180,12 @@ def _bsr_conv(
     activation = check_activation(activation)
     impl = resolve_impl(impl, x.device, name, why_no_kernel(x.dtype, w.block))
     inputs = (x, values, bias)
-    needs_grad = torch.is_grad_enabled() and (
-        x.requires_grad or values.requires_grad or (bias is not None and bias.requires_grad)
-    )
+    needs_grad = needs_graph(inputs)
     # backward takes what is added up, not what the activation makes of it
     fused = "none" if needs_grad else activation
     packed = None if tile is None else tile.pack()
     if is_watched(*inputs):
-        index = (w.crow, w.col, w.ccol, w.row, w.perm, w.row_order)
-        out = _bsr_conv_op(*inputs, *index, geometry.pack(), fused, impl, packed)
+        out = _bsr_conv_op(*inputs, *w.index_tensors, geometry.pack(), fused, impl, packed)
     elif needs_grad:
         out = _BsrConv.apply(*inputs, w, (geometry, fused, impl, packed))
     else:
@@ -343,12 +340,8 @@ def _forward(
             x, values, w.crow, w.col, w.row_order, bias, geometry, activation, out, chosen
         )  # fmt: skip
         return out
-    blocks = _blocks(w, geometry)
-    if torch.is_autocast_enabled(x.device.type):
-        # the entry has cast already; in here autocast would round the sums
-        with torch.autocast(x.device.type, enabled=False):
-            return bsr_conv_torch(x, values, blocks, bias, activation)
-    return bsr_conv_torch(x, values, blocks, bias, activation)
+    with without_autocast(x.device):
+        return bsr_conv_torch(x, values, _blocks(w, geometry), bias, activation)
 
 
 def _backward(
@@ -411,9 +404,8 @@ def _kept_blocks(w: BlockSparse, geometry: ConvGeometry) -> ConvBlocks | None:
 def _container(
     values: torch.Tensor, index: Sequence[torch.Tensor], geometry: ConvGeometry
 ) -> BlockSparse:
-    crow, col, *derived = index
     shape = geometry.matrix_shape((values.shape[1], values.shape[2]))
-    return BlockSparse._from_validated(values, crow, col, shape, *derived)
+    return BlockSparse._from_index(values, index, shape)
 
 
 def _keep(ctx, x: torch.Tensor, values: torch.Tensor, *index: torch.Tensor) -> None:
@@ -477,11 +469,12 @@ class _BsrConvOp(torch.autograd.Function):
 def _grads(dout, x, values, w: BlockSparse, geometry: ConvGeometry, impl: str, tile, needs):
     """Of ``x``, the values and the bias; ``None`` where nobody needs them."""
     needs = needs[:3]
-    index = (w.crow, w.col, w.ccol, w.row, w.perm, w.row_order)
     if torch.is_grad_enabled():
-        return _grads_with_graph(dout, x, values, index, geometry, needs)
+        return _grads_with_graph(dout, x, values, w.index_tensors, geometry, needs)
     if is_watched(dout, x, values):
-        grads = _bsr_conv_bwd_op(dout, x, values, *index, geometry.pack(), impl, tile, needs)
+        grads = _bsr_conv_bwd_op(
+            dout, x, values, *w.index_tensors, geometry.pack(), impl, tile, needs
+        )
     else:
         grads = _backward(dout, x, values, w, geometry, impl, tile, needs)
     return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))

@@ -88,14 +88,15 @@ def bsr_linear(
     activation = check_activation(activation)
     impl = resolve_impl(impl, x.device, "bsr_linear", why_no_kernel(x.dtype, w.block))
     tensors = (x, values, bias, residual)
-    trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    trains = needs_graph(tensors)
     after = "none"
     if trains:  # its derivative is PyTorch's
         activation, after = after, activation
     packed = None if tile is None else tile.pack()
     if is_watched(*tensors):
-        index = (w.crow, w.col, w.ccol, w.row, w.perm, w.row_order)
-        out = _bsr_linear_op(x, values, *index, bias, residual, n, activation, impl, packed)
+        out = _bsr_linear_op(
+            x, values, *w.index_tensors, bias, residual, n, activation, impl, packed
+        )
     elif trains:
         out = _BsrLinear.apply(*tensors, w, (activation, impl, packed))
     else:
@@ -152,12 +153,9 @@ def _forward(
             out = bsr_linear_fwd_pairs(x2, values, _pairs(w), *added)
         else:
             out = bsr_linear_fwd(x2, values, w.crow, w.col, w.row_order, *added)
-    elif torch.is_autocast_enabled(x.device.type):
-        # the entry has cast already; in here autocast would round the sums
-        with torch.autocast(x.device.type, enabled=False):
-            out = bsr_linear_torch(x2, values, w.index, bias, residual2, n, activation)
     else:
-        out = bsr_linear_torch(x2, values, w.index, bias, residual2, n, activation)
+        with without_autocast(x.device):
+            out = bsr_linear_torch(x2, values, w.index, bias, residual2, n, activation)
     # no view: autograd allows no writing to a function's views
     return out if x.dim() == 2 else torch.ops.aten._unsafe_view(out, (*x.shape[:-1], n))
 
@@ -239,7 +237,7 @@ class _BsrLinearOp(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         x, values, *index = ctx.saved_tensors
-        w = _container(values, index, ctx.shape)
+        w = BlockSparse._from_index(values, index, ctx.shape)
         x = _stand_in(dy, ctx.shape[1], values) if x is None else x
         grads_of = _grads_with_graph if torch.is_grad_enabled() else _grads
         return (*grads_of(dy, x, values, w, ctx.impl, ctx.needs_input_grad[:4]), None, None)
@@ -253,15 +251,13 @@ def _stand_in(dy: torch.Tensor, k: int, values: torch.Tensor) -> torch.Tensor:
 _indices = WeakIdKeyDictionary()  # crow -> the col and versions that were read, and the index
 
 
-def _container(values: torch.Tensor, index: Sequence[torch.Tensor], shape) -> BlockSparse:
-    crow, col, ccol, row, perm, row_order = index
-    return BlockSparse._from_validated(values, crow, col, shape, ccol, row, perm, row_order)
-
-
-def _container_again(values: torch.Tensor, index: Sequence[torch.Tensor], shape) -> BlockSparse:
-    """The same with what library calls made of these tensors before: an op gets no container."""
-    w, (crow, col, *_) = _container(values, index, shape), index
-    if crow.is_inference() or col.is_inference():  # changes of theirs are not counted
+def _container(
+    values: torch.Tensor, index: Sequence[torch.Tensor], shape: tuple[int, int], impl: str
+) -> BlockSparse:
+    """The matrix of an op's arguments, with what library calls made of its index before."""
+    w, (crow, col, *_) = BlockSparse._from_index(values, index, shape), index
+    # changes of tensors that were made under inference_mode are not counted
+    if impl != "torch" or crow.is_inference() or col.is_inference():
         return w
     versions = crow._version, col._version
     kept = _indices.get(crow)
@@ -275,8 +271,7 @@ def _grads(dy, x, values, w: BlockSparse, impl: str, needs):
     need_dx, need_dvalues, need_dbias, need_dresidual = needs
     wanted = (need_dx, need_dvalues, need_dbias)
     if is_watched(dy, x, values):
-        index = (w.crow, w.col, w.ccol, w.row, w.perm, w.row_order)
-        grads = _bsr_linear_bwd_op(dy, x, values, *index, w.shape[0], impl, wanted)
+        grads = _bsr_linear_bwd_op(dy, x, values, *w.index_tensors, w.shape[0], impl, wanted)
     else:
         grads = _backward(dy, x, values, w, impl, wanted)
     dx, dvalues, dbias = (g if need else None for g, need in zip(grads, wanted, strict=True))
@@ -286,9 +281,8 @@ def _grads(dy, x, values, w: BlockSparse, impl: str, needs):
 def _grads_with_graph(dy, x, values, w: BlockSparse, impl: str, needs):
     """The same on the dense weight, which can be differentiated again."""
     need_dx, need_dvalues, need_dbias, need_dresidual = needs
-    index = (w.crow, w.col, w.ccol, w.row, w.perm, w.row_order)
     dx, dvalues = grads_with_graph(
-        lambda: F.linear(x, _container(values, index, w.shape).to_dense()),
+        lambda: F.linear(x, BlockSparse._from_index(values, w.index_tensors, w.shape).to_dense()),
         (x, values), (need_dx, need_dvalues), dy,
     )  # fmt: skip
     dbias = dy.sum(tuple(range(dy.dim() - 1))) if need_dbias else None
@@ -311,8 +305,8 @@ def _bsr_linear_fwd(
     impl: str,
     tile: Sequence[int] | None,
 ) -> torch.Tensor:
-    container = _container_again if impl == "torch" else _container
-    w = container(values, (crow, col, ccol, row, perm, row_order), (n, x.shape[-1]))
+    index = crow, col, ccol, row, perm, row_order
+    w = _container(values, index, (n, x.shape[-1]), impl)
     return _forward(x, values, bias, residual, w, activation, impl, tile)
 
 
@@ -346,8 +340,8 @@ def _bsr_linear_bwd(
     impl: str,
     needs: Sequence[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    container = _container_again if impl == "torch" else _container
-    w = container(values, (crow, col, ccol, row, perm, row_order), (n, x.shape[-1]))
+    index = crow, col, ccol, row, perm, row_order
+    w = _container(values, index, (n, x.shape[-1]), impl)
     return _backward(dy, x, values, w, impl, needs)
 
 
