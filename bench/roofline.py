@@ -44,8 +44,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from sgtriton_kernels.candidates import BSR_LINEAR_CANDIDATES
 from sgtriton_kernels.cards import CARD_NAMES, Card, card
-from sgtriton_kernels.tiles import BSR_LINEAR_CANDIDATES, BsrTile, tile_for_bsr_linear
+from sgtriton_kernels.tiles import BsrTile, tile_for_bsr_linear
 
 from . import timed
 from .rows import write
@@ -378,6 +379,7 @@ def reach_table(cards: Sequence[str] = CARD_NAMES, block: int = 128) -> str:
     """
     shapes = {}
     for tile in (c.tile for c in BSR_LINEAR_CANDIDATES):
+        assert tile is not None
         if tile.form != "vector":
             out = 2 * block if tile.form == "pairs" else min(tile.BLOCK_N, block)
             shapes.setdefault((tile.form, out, tile.BLOCK_M), replace(tile, BLOCK_N=out))

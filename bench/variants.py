@@ -18,6 +18,7 @@ from sgtriton_kernels import (
     bsr_conv_product,
     bsr_convert,
     bsr_product,
+    candidates,
     gate,
     gate_bits,
     gated_product,
@@ -319,7 +320,8 @@ def _bsr_linear() -> Iterator[Variant]:
         for dtype in (bf16, fp32):
             for m in ROWS[::3]:
                 yield from _bsr_product(which, dtype, (64, 64), m, size=SIZE - 1)
-    for candidate in tiles.BSR_LINEAR_CANDIDATES:
+    for candidate in candidates.BSR_LINEAR_CANDIDATES:
+        assert candidate.tile is not None
         m = candidate.tile.BLOCK_M
         yield from _bsr_product("fwd", bf16, (64, 64), m, candidate.tile)
 

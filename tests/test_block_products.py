@@ -37,7 +37,7 @@ def cases():
 def limits(request, monkeypatch):
     """Bands, batches and gathered elements so small that there are several of each."""
     if request.param == "small":
-        for name in ("_BATCH", "_GATHERED", "_SUMS"):
+        for name in ("ELEMENTS", "_GATHERED"):
             monkeypatch.setattr(block_products, name, 64)
         monkeypatch.setattr(block_products, "_BAND", 4)
 

@@ -20,7 +20,8 @@ from sgtriton_kernels.bsr_product import (
     bsr_linear_fwd_pairs,
     pair_rows,
 )  # fmt: skip
-from sgtriton_kernels.tiles import BSR_LINEAR_CANDIDATES, BsrTile, tile_for_bsr_linear
+from sgtriton_kernels.candidates import BSR_LINEAR_CANDIDATES
+from sgtriton_kernels.tiles import BsrTile, tile_for_bsr_linear
 from test_bsr import patterns
 
 from bench import compile_report, variants

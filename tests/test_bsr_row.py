@@ -22,8 +22,8 @@ def place(open, side, k_side=None):
 @pytest.fixture
 def taken(monkeypatch):
     """Collects a 1 for each product that the library's matrix computed."""
-    calls, real = [], bsr_row.multiply_row
-    monkeypatch.setattr(bsr_torch, "multiply_row", lambda *a: calls.append(1) or real(*a))
+    calls, real = [], bsr_row.library_product
+    monkeypatch.setattr(bsr_torch, "library_product", lambda *a: calls.append(1) or real(*a))
     return calls
 
 
@@ -58,6 +58,18 @@ def test_other_sizes_and_layouts_are_computed_otherwise(taken):
     assert not taken
 
 
+@pytest.mark.parametrize("m", [0, 1, 5])
+def test_more_rows_are_served_where_asked_for(m, taken):
+    w, dense = place(torch.rand(12, 11) < 0.4, 16)
+    x, bias = poisoned(integers(m, 176)), integers(192)
+    for added in (None, bias):
+        out = bsr_linear(x, w, added, impl="torch", tile="library")
+        assert_exact(f"{m}", out, x @ dense.T + (0 if added is None else added))
+        assert out.is_contiguous()
+        assert not out._is_view()
+    assert len(taken) == 2
+
+
 def test_values_that_change_are_followed():
     """The library's matrix is kept with the index: it must never be that of other values."""
     w, dense = place(torch.rand(12, 11) < 0.4, 16)
@@ -69,8 +81,6 @@ def test_values_that_change_are_followed():
     assert_exact("other memory", bsr_linear(x, w), 4 * (x @ dense.T))
     half = w.values.clone() / 4
     first, again = (library_matrix(v, w.index, w.shape) for v in (w.values, half))
-    assert first is not None
-    assert again is not None
     assert again is not first
     assert_exact("other values", torch.mm(again, x.T).T, x @ dense.T)
 

@@ -476,7 +476,7 @@ def test_gated_linear_passes_gradcheck(method):
 def test_skipping_in_bands_and_parts_gives_the_same(monkeypatch, shape, block, reopen, share):
     """More rows than a band has, more blocks than are gathered at a time; the sums are exact."""
     monkeypatch.setattr(block_products, "_BAND", 3)
-    monkeypatch.setattr(block_products, "_BATCH", 2 * 3 * sum(block))  # two blocks
+    monkeypatch.setattr(block_products, "ELEMENTS", 2 * 3 * sum(block))  # two blocks
     monkeypatch.setattr(block_products, "_GATHERED", 2 * 3 * max(block))
     monkeypatch.setattr(skip_torch, "_CHUNK", shape[2] * block[0])  # a block row of dW
     layout, inputs, dy = make(shape, block, torch.float32, "cpu")

@@ -14,7 +14,7 @@ import torch
 
 __all__ = [
     "INTERPRETED", "device_of", "dot_precision", "is_native", "launch_options", "tl", "triton",
-    "why_not_triton",
+    "version", "why_not_triton",
 ]  # fmt: skip
 
 try:
@@ -57,6 +57,12 @@ except Exception as error:  # a broken driver or library must not break the impo
 INTERPRETED = _MISSING is None and os.environ.get("TRITON_INTERPRET", "0").lower() in (
     "1", "true", "on", "y", "yes",
 )  # fmt: skip
+
+
+@functools.cache
+def version() -> str:
+    """Triton's major and minor version; ``"none"`` without it."""
+    return "none" if _MISSING else ".".join(triton.__version__.split(".")[:2])  # pyright: ignore
 
 
 @functools.cache

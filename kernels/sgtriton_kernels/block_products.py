@@ -21,8 +21,9 @@ Memory is used again from call to call: on a CPU, fresh pages cost more than the
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,9 +31,8 @@ import torch.nn.functional as F
 from ._scratch import scratch_parts
 
 # Measured on two AVX2 cores: blocks of 16x16 to 64x64, weights of 1024x1024 to 4096x1024.
-_BATCH = 1 << 20  # elements that a batch gathers and writes
+ELEMENTS = 1 << 20  # that a batch gathers and writes, or sums of a band that layers add to
 _BAND = 512  # rows of x at a time, at the most
-_SUMS = 1 << 20  # elements of a band's sums where layers add to them
 _LOOP = 1 << 21  # multiply-adds of a block from which a call for each pays
 _LAYER = 110_000  # elements of the sums that a layer adds to, from which layers pay
 _BAG = 1 << 13  # longest row that the bag kernel adds up: it is compiled for each length
@@ -62,7 +62,8 @@ class BlockIndex:
             self.starts = starts
         self._batches: dict[int, list[tuple[int, int, torch.Tensor, torch.Tensor]]] = {}
         # values, their address, and the matrix that was made of them; see :mod:`.bsr_row`
-        self.library_matrix: tuple[torch.Tensor, int, torch.Tensor | None] | None = None
+        self.library_matrix: tuple[torch.Tensor, int, torch.Tensor] | None = None
+        self.choices: dict[tuple[object, ...], Any] = {}  # see :mod:`.bsr_choice`
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -138,6 +139,7 @@ def multiply(
     size: int,
     bias: torch.Tensor | None = None,
     way: str | None = None,
+    elements: int | None = None,
 ) -> torch.Tensor:
     """Compute the product of ``x`` and the blocks, plus ``bias``.
 
@@ -148,6 +150,8 @@ def multiply(
         size: columns of the result; it ends in the last block row.
         bias: ``[size]``, dtype of ``weights``, or ``None``.
         way: see above; by size if ``None``.
+        elements: that *batches* gather and write at a time, or sums that *layers* add to;
+            :data:`ELEMENTS` if ``None``.
 
     Returns:
         ``[M, size]``, dtype of ``weights``, contiguous.
@@ -158,34 +162,49 @@ def multiply(
         return out if bias is None else out.add_(bias)
     if x.shape[1] < index.grid[1] * i:
         x = F.pad(x, (0, index.grid[1] * i - x.shape[1]))
-    way = way or _choose(m, count, i, o, index)
-    if way == "batches" and count * m * (i + o) <= _BATCH:
+    way = way or choose_way(m, (o, i), count, index.grid, lambda: index.longest)[0]
+    elements = elements or ELEMENTS
+    if way == "batches" and count * m * (i + o) <= elements:
         return _one_batch(x, weights, index, size, bias)
     out = x.new_empty(m, size)
     step = _BAND
     if way == "layers":
-        step = min(step, max(64, _SUMS // (index.grid[0] * o)))
+        step = min(step, max(64, elements // (index.grid[0] * o)))
     elif way == "dense":
         step, weights = m, _whole(weights, index)
     for start in range(0, m, step):
         band = slice(start, start + step)
-        _WAYS[way](x[band], weights, index, out[band], bias)
+        _WAYS[way](x[band], weights, index, out[band], bias, elements)
     return out
 
 
-def _choose(m: int, count: int, i: int, o: int, index: BlockIndex) -> str:
+def choose_way(
+    m: int, block: tuple[int, int], count: int, grid: tuple[int, int], longest: Callable[[], int]
+) -> tuple[str, str]:
+    """The way that should be fastest, and why; reasoned from what was measured.
+
+    Args:
+        m: rows of ``x``.
+        block: ``(o, i)``.
+        count: number of blocks.
+        grid: block rows and block columns.
+        longest: asked for the blocks of the longest block row where that matters.
+    """
+    o, i = block
     if m > 1:
-        rows, columns = index.grid
+        rows, columns = grid
         if rows <= _FEW:
-            return "rows"
+            return "rows", f"up to {_FEW} block rows: one product for each"
         if columns <= _FEW:
-            return "columns"
+            return "columns", f"up to {_FEW} block columns: one product for each"
         if m >= 16 and i * o < _REUSE * (i + o):
-            return "dense"
+            return "dense", "blocks too small to be worth gathering"
     if min(i, o) >= 64 and m * i * o >= _LOOP:
-        return "loop"
+        return "loop", "blocks so large that a call costs little beside each"
     sums = m * o * count
-    return "layers" if sums >= _LAYER and sums >= _LAYER * index.longest else "batches"
+    if sums >= _LAYER and sums >= _LAYER * longest():
+        return "layers", "many blocks and rows of x: no products are written"
+    return "batches", "few rows of x: few calls, each over many blocks"
 
 
 def _one_batch(x, weights, index: BlockIndex, size: int, bias) -> torch.Tensor:
@@ -209,9 +228,9 @@ def _one_batch(x, weights, index: BlockIndex, size: int, bias) -> torch.Tensor:
     return out
 
 
-def _batches(x, weights, index: BlockIndex, out, bias) -> None:
+def _batches(x, weights, index: BlockIndex, out, bias, elements: int) -> None:
     m, (_, i, o) = len(out), weights.shape
-    parts = index.batches(max(1, _BATCH // (m * (i + o))))
+    parts = index.batches(max(1, elements // (m * (i + o))))
     most = max(len(part[2]) for part in parts)
     blocks, here, product = scratch_parts(
         [(index.grid[1], m * i), (most, m * i), (most, m * o)], weights.dtype, weights.device
@@ -240,7 +259,7 @@ def _sum_rows(blocks: torch.Tensor, starts: torch.Tensor, counting, rows) -> tor
     return sums.index_add_(0, rows, blocks)
 
 
-def _layers(x, weights, index: BlockIndex, out, bias) -> None:
+def _layers(x, weights, index: BlockIndex, out, bias, elements: int) -> None:
     m, (_, i, o), (rows, columns) = len(out), weights.shape, index.grid
     rank, layers = index.layers
     most = len(layers[0][0])
@@ -271,7 +290,7 @@ def _select(weights: torch.Tensor, which: torch.Tensor, out: torch.Tensor) -> to
     return torch.index_select(lying, 0, which, out=out).view(-1, o, i).transpose(1, 2)
 
 
-def _loop(x, weights, index: BlockIndex, out, bias) -> None:
+def _loop(x, weights, index: BlockIndex, out, bias, elements: int) -> None:
     (m, size), (_, i, o) = out.shape, weights.shape
     (blocks,) = scratch_parts([(index.grid[1], m * i)], weights.dtype, weights.device)
     _to_blocks(x, blocks, i)
@@ -293,7 +312,7 @@ def _loop(x, weights, index: BlockIndex, out, bias) -> None:
                 torch.mm(a, factor, out=target)
 
 
-def _rows(x, weights, index: BlockIndex, out, bias) -> None:
+def _rows(x, weights, index: BlockIndex, out, bias, elements: int) -> None:
     size, (_, i, o) = out.shape[1], weights.shape
     blocks = x.unflatten(1, (index.grid[1], i))
     for row, part in enumerate(index.parts):
@@ -303,7 +322,7 @@ def _rows(x, weights, index: BlockIndex, out, bias) -> None:
         out[:, begin:end] = product if bias is None else product.add_(bias[begin:end])
 
 
-def _columns(x, weights, index: BlockIndex, out, bias) -> None:
+def _columns(x, weights, index: BlockIndex, out, bias, elements: int) -> None:
     m, (_, i, o), (rows, columns) = len(out), weights.shape, index.grid
     sums = x.new_zeros(rows, o, m)
     for column in range(columns):
@@ -322,7 +341,7 @@ def _whole(weights: torch.Tensor, index: BlockIndex) -> torch.Tensor:
     return whole.view(rows * o, columns * i).T
 
 
-def _dense(x, weights, index: BlockIndex, out, bias) -> None:
+def _dense(x, weights, index: BlockIndex, out, bias, elements: int) -> None:
     weights = weights[:, : out.shape[1]]
     torch.mm(x, weights, out=out) if bias is None else torch.addmm(bias, x, weights, out=out)
 

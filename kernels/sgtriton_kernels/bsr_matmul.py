@@ -24,12 +24,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ._autocast import cast_inputs, without_autocast
 from ._impl import resolve_impl
-from ._operands import is_aligned
 from ._ops import grads_with_graph, is_watched, needs_graph, register_op
-from ._triton import is_native
 from .activations import ACTIVATIONS, check_activation
 from .bsr import BlockSparse
 from .bsr_checks import check_agrees, check_dtype, check_kinds, why_no_kernel
+from .bsr_choice import choice_for, pack_choice, unpack_choice
 from .bsr_product import (
     PairedRows,
     bsr_linear_dvalues,
@@ -39,7 +38,7 @@ from .bsr_product import (
     pair_rows,
 )
 from .bsr_torch import bsr_linear_bwd_torch, bsr_linear_torch
-from .tiles import BsrTile, tile_for_bsr_linear
+from .tiles import BsrTile
 
 
 def bsr_linear(
@@ -50,7 +49,7 @@ def bsr_linear(
     *,
     residual: torch.Tensor | None = None,
     impl: str | None = None,
-    tile: BsrTile | None = None,
+    tile: BsrTile | str | None = None,
 ) -> torch.Tensor:
     """Linear layer with a block-sparse weight: ``act(x @ W^T + bias + residual)``.
 
@@ -65,14 +64,15 @@ def bsr_linear(
         activation: ``"relu"`` | ``"gelu"`` | ``"gelu_tanh"`` | ``"silu"`` | ``None``.
         residual: ``[..., N]``, dtype and device of ``x``, any strides. Added before the activation.
         impl: ``"triton"`` | ``"torch"``; default: see :mod:`._impl`.
-        tile: what one program of the Triton kernel computes in forward; default: by size.
+        tile: how forward is computed: what one program of the Triton kernel computes, or the name
+            of one of :func:`.candidates`; default: what :func:`.choose` finds.
 
     Returns:
         ``[..., N]``, dtype of ``x``, contiguous.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not agree; an unknown activation; ``impl``
-            asks for what cannot run.
+            asks for what cannot run; a name of no candidate.
     """
     check_kinds(x, w)
     x, values, bias, residual = cast_inputs(x.device, x, w.values, bias, residual)
@@ -92,7 +92,7 @@ def bsr_linear(
     after = "none"
     if trains:  # its derivative is PyTorch's
         activation, after = after, activation
-    packed = None if tile is None else tile.pack()
+    packed = None if tile is None else pack_choice(tile, w, impl, x)
     if is_watched(*tensors):
         out = _bsr_linear_op(
             x, values, *w.index_tensors, bias, residual, n, activation, impl, packed
@@ -146,18 +146,33 @@ def _forward(
     if residual is not None and residual.dim() != 2:
         residual2 = residual.reshape(-1, n)
     values = values.contiguous()
-    if impl == "triton":
-        chosen = BsrTile.unpack(tile) if tile else _tile("fwd", w, x2)
-        added = (bias, residual2, n, activation, chosen)
-        if chosen.form == "pairs":
+    chosen = unpack_choice(tile, impl, x2) if tile else choice_for("fwd", w, impl, x2)
+    if chosen.way == "unpack":
+        out = _unpacked(x2, values, bias, residual2, w, activation)
+    elif impl == "triton":
+        assert chosen.tile is not None
+        added = (bias, residual2, n, activation, chosen.tile)
+        if chosen.tile.form == "pairs":
             out = bsr_linear_fwd_pairs(x2, values, _pairs(w), *added)
         else:
             out = bsr_linear_fwd(x2, values, w.crow, w.col, w.row_order, *added)
     else:
         with without_autocast(x.device):
-            out = bsr_linear_torch(x2, values, w.index, bias, residual2, n, activation)
+            out = bsr_linear_torch(x2, values, w.index, bias, residual2, n, activation, chosen)
     # no view: autograd allows no writing to a function's views
     return out if x.dim() == 2 else torch.ops.aten._unsafe_view(out, (*x.shape[:-1], n))
+
+
+def _unpacked(x2, values, bias, residual2, w: BlockSparse, activation: str) -> torch.Tensor:
+    """The zeros filled in, then the library's dense product."""
+    with without_autocast(x2.device):
+        out = F.linear(x2, _dense(values, w), bias)
+        out = out if residual2 is None else out.add_(residual2)
+        return out if activation == "none" else ACTIVATIONS[activation](out)
+
+
+def _dense(values: torch.Tensor, w: BlockSparse) -> torch.Tensor:
+    return BlockSparse._from_index(values, w.index_tensors, w.shape).to_dense()
 
 
 def _backward(
@@ -175,9 +190,15 @@ def _backward(
     dx = dvalues = None
     if impl == "triton":
         if need_dx:
-            dx = bsr_linear_dx(dy2, values, w.ccol, w.row, w.perm, k, _tile("dx", w, dy2))
+            tile = choice_for("dx", w, impl, dy2).tile
+            if tile is None:
+                with without_autocast(dy2.device):
+                    dx = dy2 @ _dense(values, w)
+            else:
+                dx = bsr_linear_dx(dy2, values, w.ccol, w.row, w.perm, k, tile)
         if need_dvalues:
-            tile = _tile("dvalues", w, dy2, x2)
+            tile = choice_for("dvalues", w, impl, dy2, x2).tile
+            assert tile is not None
             dvalues = bsr_linear_dvalues(dy2, x2, values, w.row, w.col, w.perm, tile)
     elif need_dx or need_dvalues:
         with without_autocast(x.device):
@@ -196,15 +217,6 @@ def _pairs(w: BlockSparse) -> PairedRows:
         pairs = pair_rows(w.crow, w.col)
         object.__setattr__(w, "_pairs", pairs)
     return pairs
-
-
-def _tile(which: str, w: BlockSparse, *rows: torch.Tensor) -> BsrTile:
-    """The tile of a pass that multiplies ``rows``, one or two matrices of as many rows."""
-    like = rows[0]
-    return tile_for_bsr_linear(
-        which, len(like), *w.shape, w.block, w.nnz, like.dtype, all(map(is_aligned, rows)),
-        is_native(like.device),
-    )  # fmt: skip
 
 
 class _BsrLinear(torch.autograd.Function):
@@ -282,7 +294,7 @@ def _grads_with_graph(dy, x, values, w: BlockSparse, impl: str, needs):
     """The same on the dense weight, which can be differentiated again."""
     need_dx, need_dvalues, need_dbias, need_dresidual = needs
     dx, dvalues = grads_with_graph(
-        lambda: F.linear(x, BlockSparse._from_index(values, w.index_tensors, w.shape).to_dense()),
+        lambda: F.linear(x, _dense(values, w)),
         (x, values), (need_dx, need_dvalues), dy,
     )  # fmt: skip
     dbias = dy.sum(tuple(range(dy.dim() - 1))) if need_dbias else None

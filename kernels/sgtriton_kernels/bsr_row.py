@@ -1,4 +1,4 @@
-"""One row of ``x`` by a block-sparse matrix, in the library's own product of such a matrix.
+"""Few rows of ``x`` by a block-sparse matrix, in the library's own product of such a matrix.
 
 Where weights are few a call costs as much as the arithmetic, and this is one call. The library's
 matrix refers to the values where they lie, so that it is made once and follows their changes.
@@ -21,49 +21,47 @@ _ONE_THREAD = 1 << 16  # weights up to which the product with a vector, in one t
 _HAS_LIBRARY = torch.backends.mkl.is_available()
 
 
-def library_matrix(
-    values: torch.Tensor, index: BlockIndex, shape: tuple[int, int]
-) -> torch.Tensor | None:
-    """The matrix as the library takes it; ``None`` where that is not faster, or not served.
+def library_serves(shape: tuple[int, int], block: tuple[int, int], dtype: torch.dtype) -> bool:
+    """Whether the library computes such a product on a CPU."""
+    (n, k), (bn, bk) = shape, block
+    whole = n % bn == 0 and k % bk == 0
+    return _HAS_LIBRARY and bn == bk and bn > 1 and whole and dtype.itemsize >= 4
+
+
+def library_is_faster(block: tuple[int, int], nnz: int) -> bool:
+    """Whether one row is multiplied faster by the library than in the other ways."""
+    side = block[0]
+    return nnz > 0 and (side < _SMALL or (side <= _LARGE and nnz * side * side <= _WEIGHTS))
+
+
+def library_matrix(values: torch.Tensor, index: BlockIndex, shape: tuple[int, int]) -> torch.Tensor:
+    """The matrix as the library takes it.
 
     Args:
-        values: ``[blocks, bn, bk]``, in the order of ``index``, with which the matrix is kept.
+        values: ``[blocks, bn, bk]``, contiguous, in the order of ``index``, with which the matrix
+            is kept.
         index: where they lie.
         shape: ``(N, K)``.
     """
     kept = index.library_matrix
-    if kept is not None and kept[0] is values and kept[1] == values.data_ptr():
-        return kept[2]
-    matrix = _make(values, index, shape) if _is_faster(values, index, shape) else None
-    index.library_matrix = values, values.data_ptr(), matrix
-    return matrix
+    if kept is None or kept[0] is not values or kept[1] != values.data_ptr():
+        kept = values, values.data_ptr(), _make(values, index, shape)
+        index.library_matrix = kept
+    return kept[2]
 
 
-def multiply_row(
+def library_product(
     x: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None, weights: int
 ) -> torch.Tensor:
-    """``x [1, K] @ matrix^T + bias``, ``[1, N]``; of a matrix that holds so many weights."""
-    if weights <= _ONE_THREAD:
+    """``x [M, K] @ matrix^T + bias``, ``[M, N]``, contiguous; the matrix holds so many weights."""
+    is_row = x.shape[0] == 1
+    if is_row and weights <= _ONE_THREAD:
         row = x.reshape(-1)
         out = torch.mv(matrix, row) if bias is None else torch.addmv(bias, matrix, row)
         return out.unsqueeze_(0)  # no view: autograd allows no writing to a function's views
-    column = x.T
-    out = torch.mm(matrix, column) if bias is None else torch.addmm(bias[:, None], matrix, column)
-    return out.t_()
-
-
-def _is_faster(values: torch.Tensor, index: BlockIndex, shape: tuple[int, int]) -> bool:
-    (rows, columns), (count, bn, bk) = index.grid, values.shape
-    return (
-        _HAS_LIBRARY
-        and values.is_cpu
-        and values.is_contiguous()
-        and bn == bk
-        and 1 < bn <= _LARGE
-        and count > 0
-        and shape == (rows * bn, columns * bk)
-        and (bn < _SMALL or count * bn * bk <= _WEIGHTS)
-    )
+    columns = x.T
+    out = torch.mm(matrix, columns) if bias is None else torch.addmm(bias[:, None], matrix, columns)
+    return out.t_() if is_row else out.T.clone(memory_format=torch.contiguous_format)
 
 
 def _make(values: torch.Tensor, index: BlockIndex, shape: tuple[int, int]) -> torch.Tensor:

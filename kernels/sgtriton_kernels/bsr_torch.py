@@ -6,7 +6,8 @@ import torch
 
 from .activations import ACTIVATIONS
 from .block_products import BlockIndex, multiply, multiply_bwd
-from .bsr_row import library_matrix, multiply_row
+from .bsr_row import library_matrix, library_product
+from .candidates import Candidate
 
 
 def bsr_linear_torch(
@@ -17,21 +18,21 @@ def bsr_linear_torch(
     residual2: torch.Tensor | None,
     n: int,
     activation: str,
+    candidate: Candidate,
 ) -> torch.Tensor:
     """``act(x2 [M, K] @ W^T + bias + residual2)`` in the dtype of ``x2``, contiguous."""
-    (m, k), dtype = x2.shape, x2.dtype
-    matrix, wide = None, dtype
+    k, dtype = x2.shape[1], x2.dtype
+    wide = dtype
     if dtype.itemsize < 4:
         wide = torch.float32
         x2, values = x2.to(wide), values.to(wide)
         bias = None if bias is None else bias.to(wide)
-    elif m == 1:
+    if candidate.way == "library":
         matrix = library_matrix(values, index, (n, k))
-    if matrix is None:
-        weights = _inside(values, index, n, k).transpose(1, 2)
-        out = multiply(x2, weights, index, n, bias)
+        out = library_product(x2, matrix, bias, values.numel())
     else:
-        out = multiply_row(x2, matrix, bias, values.numel())
+        weights = _inside(values, index, n, k).transpose(1, 2)
+        out = multiply(x2, weights, index, n, bias, candidate.way, candidate.elements)
     if residual2 is not None:
         out += residual2
     if activation != "none":

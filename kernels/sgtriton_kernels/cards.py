@@ -66,3 +66,7 @@ def card(name: str) -> Card:
     if name not in _CARDS:
         raise ValueError(f"no card is named {name!r}, only {', '.join(CARD_NAMES)}")
     return _CARDS[name]
+
+
+def card_of(device_name: str, arch: str) -> str | None:
+    return None

@@ -1,4 +1,4 @@
-"""What one program computes: tiles, named candidates, and the tile that a launch uses."""
+"""What one program computes: tiles, and by reasoning which one a launch takes."""
 
 from __future__ import annotations
 
@@ -48,6 +48,13 @@ class BsrTile:
     split: int = 1
     bulk: bool = False
 
+    @property
+    def name(self) -> str:
+        """All of it in one word, as candidates are named."""
+        text = f"{self.form}_n{self.BLOCK_N}_m{self.BLOCK_M}_k{self.BLOCK_K}"
+        text += f"_s{self.num_stages}_w{self.num_warps}"
+        return text + f"_split{self.split}" * (self.split > 1) + "_bulk" * self.bulk
+
     def pack(self) -> list[int]:
         """As numbers, which is what an op of PyTorch takes."""
         # one by one: not every tracer follows what runs over all fields
@@ -63,58 +70,6 @@ class BsrTile:
         return cls(n, m, k, stages, warps, BSR_FORMS[form], split, bool(bulk))
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """A named way to compute an op; records hold the name, never the numbers."""
-
-    name: str
-    tile: BsrTile
-
-
-def _candidates(*tiles: BsrTile) -> tuple[Candidate, ...]:
-    def name(t: BsrTile) -> str:
-        sides = f"{t.form}_n{t.BLOCK_N}_m{t.BLOCK_M}_k{t.BLOCK_K}_s{t.num_stages}_w{t.num_warps}"
-        return sides + f"_split{t.split}" * (t.split > 1) + "_bulk" * t.bulk
-
-    return tuple(Candidate(name(t), t) for t in tiles)
-
-
-BSR_LINEAR_CANDIDATES = _candidates(
-    *(
-        BsrTile(128, m, k, stages, warps)
-        for m, k, stages, warps in (
-            (16, 32, 4, 2), (16, 64, 4, 4), (32, 32, 4, 4), (32, 64, 3, 4),
-            (64, 32, 4, 4), (64, 64, 3, 4), (128, 32, 3, 4), (128, 64, 3, 8),
-        )
-    ),
-    # parts of large blocks, for few rows
-    *(
-        BsrTile(n, m, 64, 4, warps)
-        for n, m, warps in (
-            (16, 16, 2), (16, 32, 2), (16, 64, 4), (32, 16, 2), (32, 32, 4), (32, 64, 4),
-        )
-    ),
-    *(
-        BsrTile(128, m, k, stages, warps, "weight_left", split)
-        for m, k, stages, warps in ((16, 64, 4, 4), (16, 128, 3, 4), (32, 64, 3, 4), (64, 64, 3, 4))
-        for split in (1, 2, 4, 8)
-    ),
-    *(
-        BsrTile(128, m, k, stages, warps, form, 1, bulk=True)
-        for m, k, stages, warps, form in (
-            (16, 64, 4, 4, "weight_left"), (64, 64, 4, 4, "x_left"), (128, 32, 4, 4, "x_left"),
-            (128, 64, 3, 4, "x_left"), (128, 64, 4, 8, "x_left"),
-        )
-    ),
-    *(
-        BsrTile(n, m, 64, stages, warps, "vector")
-        for n, stages, warps in ((16, 4, 4), (32, 4, 4), (16, 2, 2))
-        for m in (1, 2, 4)
-    ),
-    BsrTile(16, 8, 64, 3, 4, "vector"),
-    BsrTile(128, 64, 32, 4, 8, "pairs"), BsrTile(128, 128, 32, 4, 8, "pairs"),
-)  # fmt: skip
-
 _PROGRAMS = 264  # two for each multiprocessor of an H100
 
 
@@ -128,6 +83,7 @@ def tile_for_bsr_linear(
     dtype: torch.dtype,
     aligned: bool = True,
     native: bool = False,
+    reasons: list[str] | None = None,
 ) -> BsrTile:
     """A tile for a pass of ``bsr_linear`` that every card can run; reasoned, not measured.
 
@@ -166,13 +122,21 @@ def tile_for_bsr_linear(
         dtype: fp32 | fp16 | bf16, of ``x``.
         aligned: whether rows of all operands can be read in wide pieces.
         native: for Triton's CPU compiler, which unrolls a tile.
+        reasons: gets why, in words.
     """
+    why = [] if reasons is None else reasons
     if native:
+        why.append("sums that fit the registers of AVX2")
         return _native_bsr_tile(which, M)
     (bn, bk), wide = block, dtype.itemsize > 2
     most = 128 if aligned else 32
+    if not aligned:
+        why.append("rows are not aligned: reading by the element takes registers")
     rows = 1 << max(M - 1, 0).bit_length()  # cover M
     if which == "fwd" and M <= 8:
+        why.append(
+            f"{M} rows are too few for matrix instructions: fp32 units, 16 outputs a program"
+        )
         return BsrTile(16, rows, min(bk, 64), 4 if rows < 8 else 3, 4 if bk > 32 else 2, "vector")
     form, split = "x_left", 1
     if which == "dvalues":
@@ -185,6 +149,7 @@ def tile_for_bsr_linear(
         programs = max(nnz, 1) * (bn // block_n) * (bk // block_k)
         while split < 16 and 2 * split * programs <= _PROGRAMS and 2 * split * 16 * block_m <= M:
             split *= 2
+        why.append(f"{block_n}x{block_k} values a program, {programs} programs over all rows of x")
     else:
         side, inner = (bn, bk) if which == "fwd" else (bk, bn)
         out = min(side, 64 if wide and which == "dx" else 128, most)
@@ -194,20 +159,27 @@ def tile_for_bsr_linear(
         if which == "fwd" and not wide and M <= 64 and out == 128:
             while out > 32 and 2 * lists * (side // out) <= _PROGRAMS:
                 out //= 2
+                why.append(f"{out} outputs a program, so that there are {lists * (side // out)}")
         area = block_m * out
         depth = min(inner, 16 if wide else 32 if area > 64 * 128 else 64, most)
         values, step = out * depth, (block_m + out) * depth
+        why.append(f"{block_m} rows a program cover {M}" if block_m >= M else f"{block_m} rows")
         if not wide and out >= 64 and M < 64:
             form = "weight_left"
+            why.append(f"matrix units take a left operand of 64 rows: the weight's {out} outputs")
         programs = lists * (side // out) * -(-M // block_m)
         steps = nnz * (inner // depth) // max(lists, 1)
         while split < 8 and 2 * split * programs <= _PROGRAMS and steps >= 2 * split * 8:
             split *= 2
+        why.append(f"{programs} programs, {steps} steps of {depth} in each")
         block_n, block_k = (out, depth) if which == "fwd" else (depth, out)
+    if split > 1:
+        why.append(f"split by {split}: fewer than two programs a multiprocessor of a large card")
     step *= dtype.itemsize
     stages = min(4 if aligned else 2, _SHARED_BYTES // step, _LDS_BYTES // step + 1)
     if form == "weight_left" and block_m == 32:
         stages = min(stages, 3)  # with four ptxas spills 8 bytes for sm_120
+    why.append(f"{stages} stages of {step} bytes: what fits the shared memory of every card")
     if max(area, values) > 64 * 64 or (wide and max(area, values) >= 32 * 64):
         warps = 8
     else:

@@ -1,0 +1,110 @@
+"""The candidate of a call of ``bsr_linear``: looked up once for each size, or the caller's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch.utils.weak import WeakIdKeyDictionary
+
+from ._operands import is_aligned
+from ._triton import dot_precision, is_native
+from .bsr import BlockSparse
+from .bsr_row import library_serves
+from .candidates import Candidate, named
+from .cell import Cell
+from .lookup import choose, now
+from .tiles import BsrTile
+
+_MOST = 256  # choices that are kept with a matrix
+_longest = WeakIdKeyDictionary()  # crow -> its version, and the blocks of the longest block row
+
+
+def choice_for(which: str, w: BlockSparse, impl: str, *rows: torch.Tensor) -> Candidate:
+    """The candidate of a pass that multiplies ``rows``, one or two matrices of as many rows.
+
+    Args:
+        which: ``"fwd"`` | ``"dx"`` | ``"dvalues"``.
+        w: of which shape, block and index count.
+        impl: ``"triton"`` | ``"torch"``.
+    """
+    like = rows[0]
+    # Calls by the library cost little: the choice lies where the next one meets it. One that was
+    # made for another number of threads stays, which costs speed at worst.
+    if impl == "torch":
+        kept, key = w.index.choices, (which, like.shape[0], like.dtype, now.generation)
+    else:
+        kept = w.__dict__.setdefault("_choices", {})
+        aligned = all(map(is_aligned, rows))
+        key = which, like.shape[0], like.dtype, aligned, dot_precision(), now.generation
+    return kept.get(key) or _look_up(kept, key, which, w, impl, *rows)
+
+
+def _look_up(kept, key, which: str, w: BlockSparse, impl: str, *rows: torch.Tensor) -> Candidate:
+    cell = cell_of(which, w, impl, *rows)
+    found = choose(cell, rows[0].device).candidate
+    if len(kept) >= _MOST or any(old[-1] != key[-1] for old in kept):
+        kept.clear()
+    if cell.longest is not None:
+        kept[key] = found
+    return found
+
+
+def cell_of(which: str, w: BlockSparse, impl: str, *rows: torch.Tensor) -> Cell:
+    """What is looked up for such a pass."""
+    like, (n, k) = rows[0], w.shape
+    by_torch = impl == "torch"
+    is_tf32 = not by_torch and like.dtype == torch.float32 and like.device.type != "cpu"
+    return Cell(
+        f"bsr_linear {which}", impl, len(like), n, k, w.block, w.nnz, like.dtype,
+        w.index.longest if by_torch else _longest_row(w.crow),
+        dot_precision() if is_tf32 else "ieee",
+        by_torch or all(map(is_aligned, rows)),
+        not by_torch and is_native(like.device),
+    )  # fmt: skip
+
+
+def _longest_row(crow: torch.Tensor) -> int | None:
+    """Blocks of the longest block row; waits for the device, once, and never in a capture."""
+    kept = None if crow.is_inference() else _longest.get(crow)
+    if kept is not None and kept[0] == crow._version:
+        return kept[1]
+    if crow.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return None
+    longest = int(crow.diff().max()) if crow.device.type != "meta" else 0
+    if not crow.is_inference():
+        _longest[crow] = crow._version, longest
+    return longest
+
+
+def pack_choice(
+    choice: BsrTile | str, w: BlockSparse, impl: str, x: torch.Tensor
+) -> list[int] | None:
+    """A caller's choice as numbers, which is what an op of PyTorch takes.
+
+    Returns:
+        ``None`` of a tile where no kernel of Triton computes: there it says nothing.
+
+    Raises:
+        ValueError: a name of no candidate, or of one that cannot serve the product.
+    """
+    if isinstance(choice, BsrTile):
+        return choice.pack() if impl == "triton" else None
+    known = named("bsr_linear fwd", impl, impl == "triton" and is_native(x.device))
+    if choice not in known:
+        raise ValueError(f"tile must be a BsrTile or one of {', '.join(known)}; got {choice!r}")
+    if choice == "library" and not library_serves(w.shape, w.block, x.dtype):
+        raise ValueError(
+            "tile 'library' takes square blocks that divide the weight, in fp32 or fp64, and a "
+            f"PyTorch with MKL; got blocks of {w.block} in {w.shape}, {x.dtype}"
+        )
+    return [[*known].index(choice)]
+
+
+def unpack_choice(numbers: Sequence[int], impl: str, x: torch.Tensor) -> Candidate:
+    """What :func:`pack_choice` made numbers of."""
+    known = named("bsr_linear fwd", impl, impl == "triton" and is_native(x.device))
+    if len(numbers) == 1:
+        return [*known.values()][numbers[0]]
+    tile = BsrTile.unpack(numbers)
+    return Candidate(tile.name, tile)

@@ -1,0 +1,141 @@
+"""Which candidate a call takes: what the user's cache, a table that ships, or reasoning names.
+
+In this order; a candidate that the caller gives comes before them all and is not looked up. Nothing
+is timed here and no device is waited for.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from dataclasses import dataclass
+
+import torch
+
+from ._triton import is_native
+from .block_products import ELEMENTS, choose_way
+from .bsr_row import library_is_faster, library_serves
+from .candidates import ANALYTIC, Candidate, candidates, named
+from .cell import Cell
+from .records import cache_folder, place, read_record, table_entry
+from .tiles import tile_for_bsr_linear
+
+_MOST = 4096  # choices that are remembered
+# what is predicted of a candidate must be so much better than reasoning to be believed
+_PREDICTED = 1.1
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a call takes, and why.
+
+    Args:
+        candidate: what computes.
+        source: ``"cache"`` | ``"table"`` | ``"predicted"`` | ``"analytic"``: a record of this
+            user's, one that ships and was measured, one that ships and was not, or reasoning.
+        reasons: in words.
+    """
+
+    candidate: Candidate
+    source: str
+    reasons: str
+
+
+@dataclass
+class _Now:
+    """What is remembered in this process.
+
+    Attributes:
+        generation: grows when earlier choices may have become others; who keeps one compares it.
+    """
+
+    generation: int = 0
+
+
+now = _Now()
+_chosen: dict[tuple[Cell, torch.device, int], Choice] = {}
+
+
+def forget() -> None:
+    """Look everything up anew from here on."""
+    now.generation += 1
+    _chosen.clear()
+
+
+def choose(cell: Cell, device: torch.device) -> Choice:
+    """The candidate that a product takes on a device.
+
+    The first call for a product reads a small file; after that the choice is remembered.
+    """
+    threads = torch.get_num_threads() if device.type == "cpu" else 0
+    found = _chosen.get((cell, device, threads))
+    if found is None:
+        if len(_chosen) >= _MOST:
+            _chosen.clear()
+        found = _chosen[cell, device, threads] = _look_up(cell, device)
+    return found
+
+
+def full_key(cell: Cell, device: torch.device, rows: int | None = None) -> dict[str, object]:
+    """What a record of this user's is found by: product, place, and the space of candidates."""
+    names = ",".join(named(cell.op, cell.impl, cell.native))
+    space = hashlib.sha256(names.encode()).hexdigest()[:16]
+    return cell.key(rows) | place(device, cell.impl) | {"space": space}
+
+
+def _look_up(cell: Cell, device: torch.device) -> Choice:
+    # what cannot serve this product is as unknown as what does not exist
+    known = {candidate.name: candidate for candidate in candidates(cell, copy_engine=True)}
+    folder = cache_folder()
+    for rows in cell.near_rows() if folder is not None else ():
+        record = read_record(folder, full_key(cell, device, rows))
+        name = record and record["candidate"]
+        if name in known:
+            return Choice(known[name], "cache", f"this user's record, for up to {rows} rows")
+        if name == ANALYTIC:
+            found = analytic(cell)
+            why = f"this user's record, for up to {rows} rows: {found.reasons}"
+            return Choice(found.candidate, "cache", why)
+    if cell.impl == "triton" and not is_native(device):
+        entry = table_entry(device, [cell.key(rows) for rows in cell.near_rows()])
+        if entry is not None and (found := _from_table(*entry, known)) is not None:
+            return found
+    return analytic(cell)
+
+
+def _from_table(card: str, entry: dict, known: dict[str, Candidate]) -> Choice | None:
+    status, gain = entry["status"], entry["gain"]
+    if entry["candidate"] not in known or (status == "predicted" and gain < _PREDICTED):
+        return None
+    source = "table" if status == "measured" else "predicted"
+    reasons = f"{status} for {card}: {gain:.2f} times as fast as by reasoning"
+    return Choice(known[entry["candidate"]], source, reasons)
+
+
+@functools.lru_cache(_MOST)
+def analytic(cell: Cell) -> Choice:
+    """What reasoning gives: legal on every card, and never looked up."""
+    if cell.impl == "torch":
+        candidate, reasons = _analytic_way(cell)
+    else:
+        reasons = []
+        tile = tile_for_bsr_linear(
+            cell.op.removeprefix("bsr_linear "), cell.M, cell.N, cell.K, cell.block, cell.nnz,
+            cell.dtype, cell.aligned, cell.native, reasons,
+        )  # fmt: skip
+        candidate, reasons = Candidate(tile.name, tile), "; ".join(reasons)
+    return Choice(candidate, "analytic", reasons)
+
+
+def _analytic_way(cell: Cell) -> tuple[Candidate, str]:
+    known = named(cell.op, cell.impl, cell.native)
+    serves = library_serves((cell.N, cell.K), cell.block, cell.dtype)
+    if cell.M == 1 and serves and library_is_faster(cell.block, cell.nnz):
+        return known["library"], "one row: the library's product of such a matrix is one call"
+    longest = cell.longest if cell.longest is not None else -(-cell.nnz // cell.block_rows)
+    way, reasons = choose_way(
+        cell.M, cell.block, cell.nnz, (cell.block_rows, cell.block_cols), lambda: longest
+    )
+    candidate = known[way]
+    assert candidate.elements in (None, ELEMENTS), candidate
+    return candidate, reasons

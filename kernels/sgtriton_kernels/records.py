@@ -1,0 +1,176 @@
+"""Which candidate a record names: the user's cache and the tables that ship are read here.
+
+A record is data from outside: it can name a candidate and do nothing else. Whatever is wrong with
+a file, the answer is that there is none. Files are written by ``sgtriton`` only.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import platform
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ._triton import INTERPRETED, version
+from .cards import card, card_of
+
+FORMAT = 1
+MOST_BYTES = 1 << 14  # of a record; a longer file is none
+_FOLDER = Path(__file__).parent
+_TABLES = _FOLDER / "configs"
+
+
+def cache_folder() -> Path | None:
+    """Where this user's records lie; ``None`` without a home."""
+    environ = os.environ
+    if folder := environ.get("SGTRITON_CACHE_DIR"):
+        return Path(folder) / "tune"
+    if folder := environ.get("XDG_CACHE_HOME"):
+        return Path(folder) / "sgtriton" / "tune"
+    home = os.path.expanduser("~")
+    return None if home == "~" else Path(home) / ".cache" / "sgtriton" / "tune"
+
+
+def file_name(key: Mapping[str, object]) -> str:
+    """The name of the file of a record."""
+    text = json.dumps(key, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32] + ".json"
+
+
+def read_record(folder: Path, key: Mapping[str, object]) -> dict[str, Any] | None:
+    """The record of a key, or ``None`` where there is no whole one.
+
+    Its candidate is text, which may name nothing.
+    """
+    found = _read_json(folder / file_name(key), MOST_BYTES)
+    if not isinstance(found, dict) or found.get("format") != FORMAT or found.get("key") != key:
+        return None
+    # a number may be equal and of another kind
+    kinds = {name: type(value) for name, value in key.items()}
+    if {name: type(value) for name, value in found["key"].items()} != kinds:
+        return None
+    return found if isinstance(found.get("candidate"), str) else None
+
+
+def _read_json(path: Path, most: int) -> Any:
+    """What a regular file of up to ``most`` bytes holds, or ``None``."""
+    try:
+        # not blocking: a pipe of that name would never end
+        file = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+        try:
+            if not stat.S_ISREG(os.fstat(file).st_mode):
+                return None
+            data = b""
+            while len(data) <= most and (part := os.read(file, most + 1 - len(data))):
+                data += part
+        finally:
+            os.close(file)
+        return json.loads(data) if len(data) <= most else None
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+@functools.cache
+def tables() -> dict[str, dict[str, dict[str, Any]]]:
+    """The tables that ship: name of the card -> text of an entry's key -> entry."""
+    found = {}
+    for path in sorted(_TABLES.glob("*.json")):
+        table = json.loads(path.read_text(encoding="utf-8"))
+        found[table["card"]] = {
+            key_text(entry["key"]): entry | {"status": table["status"]}
+            for entry in table["entries"]
+        }
+    return found
+
+
+def key_text(key: Mapping[str, object]) -> str:
+    """A key as text that a dictionary takes."""
+    return json.dumps(key, sort_keys=True)
+
+
+def table_entry(
+    device: torch.device, keys: list[dict[str, object]]
+) -> tuple[str, dict[str, Any]] | None:
+    """The first entry under one of ``keys``: of this card's table, else of one of its architecture.
+
+    Returns:
+        The card whose table it is, and the entry.
+    """
+    if device.type != "cuda" or not tables():
+        return None
+    name, arch = device_name(device), architecture(device)
+    own = card_of(name, arch)
+    others = [known for known in tables() if known != own and card(known).arch == arch]
+    for known in [own, *others]:
+        for key in keys:
+            if known in tables() and (entry := tables()[known].get(key_text(key))):
+                return known, entry
+    return None
+
+
+@functools.cache
+def device_name(device: torch.device) -> str:
+    """What a device is called by its driver; of a CPU, by the system."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "xpu":
+        return torch.xpu.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine() or "unknown"
+
+
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """``sm_90``, ``gfx942``; of a CPU the widest instructions that PyTorch uses."""
+    if device.type == "cuda":
+        if torch.version.hip is not None:
+            return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"sm_{major}{minor}"
+    return torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else device.type
+
+
+def place(device: torch.device, impl: str) -> dict[str, object]:
+    """What a time depends on beside the product: the device, and what computes."""
+    found: dict[str, object] = {
+        "device": device_name(device),
+        "architecture": architecture(device),
+        "threads": torch.get_num_threads() if device.type == "cpu" else 0,
+        "library": _torch_version() if impl == "torch" else f"triton {version()}",
+        "source": source(impl),
+    }
+    if impl == "triton" and INTERPRETED:
+        found["library"] = "interpreter"
+    return found
+
+
+@functools.cache
+def _torch_version() -> str:
+    return "torch " + ".".join(torch.__version__.split("+")[0].split(".")[:2])
+
+
+# what computes the products, by implementation: a change of theirs makes records stale
+_SOURCES = {
+    "triton": ("_bf16.py", "_triton.py", "activations.py", "bsr_product.py"),
+    "torch": ("_scratch.py", "block_products.py", "bsr_row.py", "bsr_torch.py"),
+}
+
+
+@functools.cache
+def source(impl: str) -> str:
+    """A hash of the code that computes the products."""
+    found = hashlib.sha256()
+    for name in _SOURCES[impl]:
+        found.update((_FOLDER / name).read_bytes())
+    return found.hexdigest()[:16]
