@@ -100,9 +100,10 @@ _ROOFLINE = """
 ## Serving on cards: predicted, not measured
 
 From data sheets, assumptions and the tiles that the package takes, by the formulas of
-`bench/roofline.py`; bf16, N = K = 4096, 90 % of the blocks closed: speed-up over the dense product
-for blocks of 32 / 64 / 128, in brackets the sparsity from which the product over blocks is faster.
-A first run on a card will show what the model leaves out. Rerun: `python -m bench roofline`.
+`sgtriton/roofline.py`; bf16, N = K = 4096, 90 % of the blocks closed: speed-up over the dense
+product for blocks of 32 / 64 / 128, in brackets the sparsity from which the product over blocks is
+faster. A first run on a card will show what the model leaves out. Rerun:
+`python -m bench roofline`.
 
 """
 

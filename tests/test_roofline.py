@@ -2,14 +2,12 @@
 
 import dataclasses
 import itertools
-import sys
 
 import pytest
 from sgtriton_kernels.cards import CARD_NAMES, Card, card
 from sgtriton_kernels.tiles import BsrTile
 
-from bench import __main__ as command_line
-from bench import roofline, rows
+from sgtriton import roofline
 
 H100, A100 = card("H100 SXM"), card("A100 SXM 80GB")
 # 1 GB/s, 1 TFLOP/s on matrix units, 0.1 without; from the cache 10 multiprocessors read 16 GB/s
@@ -190,26 +188,3 @@ def test_without_a_break_even_it_is_1():
     # one block takes (64 + 128) 128 2 bytes at 0.1 GB/s, 492 us; dense 134 us
     slow = dataclasses.replace(TOY, bandwidth_gbs=1e9, l2_bytes_per_clock=1)
     assert roofline.break_even(slow, 64, 1024, 1024, 128) == 1
-
-
-def test_rows_are_marked_and_come_back_from_the_csv(tmp_path, monkeypatch, capsys):
-    path = tmp_path / "roofline.csv"
-    argv = ["bench", "roofline", "--cards", "H200", "MI300X", "--out", str(path)]
-    monkeypatch.setattr(roofline, "SHAPES", ((4096, 4096),))
-    monkeypatch.setattr(sys, "argv", argv)
-    assert command_line.main() == 0
-    found = rows.read(path, roofline.Row)
-    assert found == roofline.predict_rows(["H200", "MI300X"])
-    assert {row.status for row in found} == {"predicted, not measured"}
-    assert {row.bound for row in found} <= {*roofline.BOUNDS}
-    printed = capsys.readouterr().out
-    table = roofline.roofline_table(found)
-    assert table in printed
-    lines = table.splitlines()
-    assert "predicted, not measured" in lines[0]
-    assert [line.split(" | ")[0] for line in lines[2:]] == ["| H200", "| MI300X"]
-    assert {line.count("|") for line in lines} == {5}
-    cell = next(
-        row for row in found if (row.card, row.M, row.block, row.sparsity) == ("H200", 64, 64, 0.9)
-    )
-    assert f" / {cell.predicted:.1f} / " in lines[2].split(" | ")[2]
