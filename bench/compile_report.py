@@ -17,21 +17,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
+from sgtriton.cross_compile import SHARED_LIMITS, TARGETS, Compiled, compile_for, why_not
 from sgtriton.tables import format_table
 
-from .cards import CARDS, Compiled, compile_for
 from .variants import Product, Variant, variants
 
-TARGETS: dict[str, tuple[str, Any, int]] = {
-    f"sm_{card[1]}" if card[0] == "cuda" else str(card[1]): card for card in CARDS
-}
-# bytes of shared memory that a program can have
-SHARED_LIMITS = {
-    "sm_80": 163 * 1024, "sm_86": 99 * 1024, "sm_89": 99 * 1024, "sm_90": 227 * 1024,
-    "sm_100": 227 * 1024, "sm_120": 99 * 1024, "gfx942": 64 * 1024, "gfx1100": 64 * 1024,
-}  # fmt: skip
 # the widest matrix instruction of 16-bit values, and the one for left operands under 64 rows
 INSTRUCTIONS = {
     "sm_80": ("mma.sync", "mma.sync"), "sm_86": ("mma.sync", "mma.sync"),
@@ -121,23 +112,6 @@ def _run(arguments: argparse.Namespace) -> int:
     for row in wrong:
         print(f"{row.op} ({row.variant}), tile {row.tile}, {row.target}: {row.violations}")
     return 1 if wrong else 0
-
-
-def why_not() -> str | None:
-    """Why kernels cannot be compiled for cards here; ``None`` where they can."""
-    from sgtriton_kernels import _triton
-
-    if _triton._MISSING is not None:
-        return _triton._MISSING
-    if _triton.INTERPRETED:
-        return "the interpreter replaces the compiler: set TRITON_INTERPRET=0"
-    from triton.backends import backends
-
-    if "cpu" in backends:
-        return "this Triton is the fork that compiles for the CPU: take the stock one"
-    if missing := {"nvidia", "amd"} - set(backends):
-        return f"this Triton has no compiler for {' and '.join(sorted(missing))}"
-    return None
 
 
 def report(chosen: Sequence[Variant], targets: Sequence[str], jobs: int) -> list[Row]:

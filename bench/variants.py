@@ -1,58 +1,28 @@
-"""Every kernel that ships, as its launcher launches it: what the compile report compiles.
-
-Types, flags and tiles are not written down a second time: the launcher runs on tensors without
-data, and its launch is recorded instead of made.
-"""
+"""Every kernel that ships, as its launcher launches it: what the compile report compiles."""
 
 from __future__ import annotations
 
 import functools
-import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
-from unittest import mock
 
 import torch
-from sgtriton_kernels import (
-    bsr_conv_product,
-    bsr_convert,
-    bsr_product,
-    candidates,
-    gate,
-    gate_bits,
-    gated_product,
-    penalty,
-    tiles,
-)
+from sgtriton_kernels import bsr_convert, candidates, gate, gate_bits, penalty, tiles
 from sgtriton_kernels.blocks import Block, gate_layout
 from sgtriton_kernels.conv_geometry import ConvGeometry
-from sgtriton_kernels.gate_bits import OpenBlocks
-from sgtriton_kernels.gated_matmul import _tile as _gated_tile
+
+from sgtriton.launches import (
+    TYPES,
+    Launch,
+    bsr_conv_launches,
+    bsr_linear_launches,
+    empty,
+    gated_linear_launches,
+    launch_of,
+)
 
 SIZE = 4096  # rows and columns of the weight
 ROWS = (16, 128, 512, 4096)  # of x
-_TYPES = {
-    torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16",
-    torch.int64: "i64", torch.int32: "i32", torch.uint8: "u8",
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Launch:
-    """A kernel, and what a launch says of its arguments."""
-
-    module: str
-    kernel: str
-    signature: dict[str, str]
-    constexprs: dict[str, Any]
-    num_warps: int
-    num_stages: int | None  # None: the compiler's own choice
-    max_registers: int | None = None  # likewise
-
-    def function(self):
-        """The kernel itself."""
-        return getattr(importlib.import_module(self.module), self.kernel)
 
 
 @dataclass(frozen=True)
@@ -99,46 +69,6 @@ class Variant:
     narrow: int = 0
 
 
-def launch_of(run: Callable[[], object]) -> Launch:
-    """The one launch of a kernel that ``run`` asks for; nothing runs on a device."""
-    (launch,) = launches_of(run)
-    return launch
-
-
-def launches_of(run: Callable[[], object]) -> list[Launch]:
-    """The launches of kernels that ``run`` asks for, in turn; nothing runs on a device."""
-    from triton.runtime.jit import JITFunction, mangle_type
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    launches: list[Launch] = []
-
-    def record(kernel, *args, grid, warmup, **options):
-        values = dict(zip(kernel.arg_names, args, strict=False))
-        values |= {name: options.pop(name) for name in kernel.arg_names if name in options}
-        signature, constexprs = {}, {}
-        for parameter in kernel.params:
-            value = values[parameter.name]
-            if isinstance(value, torch.Tensor):
-                signature[parameter.name] = "*" + _TYPES[value.dtype]
-            elif isinstance(value, TensorDescriptor):
-                signature[parameter.name] = mangle_type(value)
-            elif parameter.is_constexpr or value is None:
-                signature[parameter.name], constexprs[parameter.name] = "constexpr", value
-            else:
-                assert parameter.do_not_specialize, parameter.name
-                signature[parameter.name] = "i32" if abs(value) < 1 << 31 else "i64"
-        warps, stages = options.pop("num_warps", 4), options.pop("num_stages", None)
-        registers = options.pop("maxnreg", None)
-        assert not options, options
-        launches.append(
-            Launch(kernel.module, kernel.__name__, signature, constexprs, warps, stages, registers)
-        )
-
-    with mock.patch.object(JITFunction, "run", record):
-        run()
-    return launches
-
-
 def variants() -> list[Variant]:
     """All of them, each once; ``rows`` says for which batches a tile is taken."""
     found: dict[str, Variant] = {}
@@ -153,11 +83,6 @@ def variants() -> list[Variant]:
         rows = found[key].rows if key in found else ()
         found[key] = replace(found.get(key, variant), rows=rows + variant.rows)
     return list(found.values())
-
-
-def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """A tensor without data; what the launchers ask of a device is answered as for a card."""
-    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def _name(*parts: object) -> str:
@@ -179,7 +104,7 @@ def _elementwise() -> Iterator[Variant]:
         yield _gate_penalties(gradient)
     for kind in ("threshold", "bernoulli"):
         run = functools.partial(
-            gate_bits.pack_gates, _empty(SIZE, SIZE), kind, _empty(1, dtype=torch.int64)
+            gate_bits.pack_gates, empty(SIZE, SIZE), kind, empty(1, dtype=torch.int64)
         )
         launch = launch_of(run)
         yield Variant("pack_gates", kind, f"{launch.constexprs['BLOCK']} words", launch)
@@ -187,9 +112,9 @@ def _elementwise() -> Iterator[Variant]:
 
 def _gate_weight(shape: tuple[int, ...], block: Block, kind: str, drawn: bool) -> Iterator[Variant]:
     layout = gate_layout(shape, block)
-    w, gates = _empty(*shape), _empty(*layout.gate_shape)
+    w, gates = empty(*shape), empty(*layout.gate_shape)
     out = w.to(torch.bfloat16)
-    seed = _empty(1, dtype=torch.int64) if drawn else None
+    seed = empty(1, dtype=torch.int64) if drawn else None
     tile = gate.tile_for_gate_weight(layout, w.device)
     text = f"{tile.BLOCK_R}x{tile.BLOCK_C} w{tile.num_warps}"
     sides = "x".join("N" if side is None else str(side) for side in block)
@@ -252,26 +177,11 @@ def _gated_product(
     w_dtype: torch.dtype,
     size: int = SIZE,
 ) -> Variant:
-    layout = gate_layout((size, size), block)
-    rows, cols = layout.gate_shape
-    x2, dy2 = _empty(m, size, dtype=x_dtype), _empty(m, size, dtype=x_dtype)
-    w, bias = _empty(size, size, dtype=w_dtype), _empty(size, dtype=x_dtype)
-    bits = _empty(rows, -(-cols // 32), dtype=torch.int32)
-    count, index = _empty(rows, dtype=torch.int32), _empty(rows, cols + 1, dtype=torch.int32)
-    lists = OpenBlocks(count, index, count, index)
-    operands = {"fwd": (x2,), "dx": (dy2,), "dw": (dy2, x2)}[which]
-    tile = _gated_tile(f"skip_{which}" if skip else which, layout, w, *operands)
-    gates = lists if skip else bits
-    if which == "fwd":
-        pass_ = gated_product.skip_fwd if skip else gated_product.fused_fwd
-        run = functools.partial(pass_, x2, w, gates, block, bias, tile)
-    elif which == "dx":
-        pass_ = gated_product.skip_dx if skip else gated_product.fused_dx
-        run = functools.partial(pass_, dy2, w, gates, block, tile)
-    else:
-        pass_ = gated_product.skip_dw if skip else gated_product.fused_dw
-        run = functools.partial(pass_, dy2, x2, w, bits, block, True, tile)
-    launch, aligned = launch_of(run), size % 16 == 0
+    aligned = size % 16 == 0
+    tile = tiles.tile_for_gated_linear(
+        f"skip_{which}" if skip else which, m, size, size, w_dtype, x_dtype, block, aligned
+    )
+    (launch,) = gated_linear_launches(which, skip, x_dtype, w_dtype, block, m, size, size, tile)
     flags = launch.constexprs
     block_m, block_n, block_k = flags["BLOCK_M"], flags["BLOCK_N"], flags["BLOCK_K"]
     if which == "dw":
@@ -283,8 +193,8 @@ def _gated_product(
     return Variant(
         ("skip " if skip else "fused ") + which,
         _name(
-            _TYPES[x_dtype],
-            f"w {_TYPES[w_dtype]}",
+            TYPES[x_dtype],
+            f"w {TYPES[w_dtype]}",
             "x".join(map(str, block)),
             *([] if aligned else ["not aligned"]),
         ),
@@ -340,25 +250,7 @@ def _bsr_product(
     nnz = rows * cols // 8 if nnz is None else nnz
     if tile is None:
         tile = tiles.tile_for_bsr_linear(which, m, size, size, block, nnz, dtype, aligned)
-    x2, dy2 = _empty(m, size, dtype=dtype), _empty(m, size, dtype=dtype)
-    values, bias = _empty(nnz, *block, dtype=dtype), _empty(size, dtype=dtype)
-    index = functools.partial(_empty, dtype=torch.int32)
-    crow, ccol, order = index(rows + 1), index(cols + 1), index(rows)
-    col, row, perm = index(nnz + 1), index(nnz + 1), index(nnz)
-    pairs = bsr_product.PairedRows(
-        index(rows // 2 + 1), index(nnz + 1), index(nnz + 1, 2), index(rows // 2)
-    )
-    run = {
-        "pairs": lambda: bsr_product.bsr_linear_fwd_pairs(
-            x2, values, pairs, bias, dy2, size, "gelu", tile
-        ),
-        "fwd": lambda: bsr_product.bsr_linear_fwd(
-            x2, values, crow, col, order, bias, dy2, size, "gelu", tile
-        ),
-        "dx": lambda: bsr_product.bsr_linear_dx(dy2, values, ccol, row, perm, size, tile),
-        "dvalues": lambda: bsr_product.bsr_linear_dvalues(dy2, x2, values, row, col, perm, tile),
-    }["pairs" if tile.form == "pairs" else which]
-    launch, *later = launches_of(run)
+    launch, *later = bsr_linear_launches(which, dtype, block, m, size, size, nnz, tile)
     flags = launch.constexprs
     block_m, block_n, block_k = flags["BLOCK_M"], flags["BLOCK_N"], flags["BLOCK_K"]
     if which == "dvalues":
@@ -372,7 +264,7 @@ def _bsr_product(
         bulk = flags.get("READ") == "bulk"
         product = Product(dtype.itemsize == 2, left, False, copies if aligned else (), bulk)
     name = _name(
-        _TYPES[dtype],
+        TYPES[dtype],
         "x".join(map(str, block)),
         *([] if which == "dvalues" else [tile.form.replace("_", " ")]),
         *(["bulk"] if product and product.bulk else []),
@@ -383,7 +275,7 @@ def _bsr_product(
     yield Variant(f"bsr_linear {which}", name, text, launch, rows=(m,), product=product)
     for sums in later:  # of programs that share a block row, or the rows of x
         text = f"{sums.constexprs['BLOCK_N']} of {sums.constexprs['SPLIT']}"
-        yield Variant("bsr_linear sums", _TYPES[dtype], text, sums, rows=(m,))
+        yield Variant("bsr_linear sums", TYPES[dtype], text, sums, rows=(m,))
 
 
 def _bsr_conv() -> Iterator[Variant]:
@@ -402,35 +294,16 @@ def _bsr_convolution(
     geometry = ConvGeometry(channels, channels, (3, 3), before=(1, 1), after=(1, 1))
     rows, cols = geometry.blocks((side, side))
     nnz = rows * cols
-    shape = (images, channels, size, size)
-    x, out = (
-        _empty(*shape, dtype=dtype).contiguous(memory_format=torch.channels_last) for _ in "xy"
-    )
-    values = _empty(nnz, side, side, dtype=dtype)
-    index = functools.partial(_empty, dtype=torch.int32)
     pixels = images * size * size
     tile = tiles.tile_for_bsr_conv(which, pixels, (side, side), nnz, dtype, aligned)
-    if which == "fwd":
-        run = functools.partial(
-            bsr_conv_product.bsr_conv_fwd, x, values, index(rows + 1), index(nnz + 1), index(rows),
-            _empty(channels, dtype=dtype), geometry, "gelu", out, tile,
-        )  # fmt: skip
-    elif which == "dx":
-        run = functools.partial(
-            bsr_conv_product.bsr_conv_dx, out, values, index(nnz + 1), index(nnz + 1), index(nnz),
-            geometry, x, tile,
-        )  # fmt: skip
-    else:
-        run = functools.partial(
-            bsr_conv_product.bsr_conv_dvalues, out, x, index(nnz + 1), index(nnz + 1), index(nnz),
-            geometry, values, tile,
-        )  # fmt: skip
-    launch = launch_of(run)
+    (launch,) = bsr_conv_launches(
+        which, dtype, (side, side), geometry, images, (size, size), nnz, tile
+    )
     flags = launch.constexprs
     block_m, block_n, block_k = flags["BLOCK_M"], flags["BLOCK_N"], flags["BLOCK_K"]
     return Variant(
         "bsr_conv" if which == "fwd" else f"bsr_conv {which}",
-        _name(_TYPES[dtype], f"{side}x{side}", *([] if aligned else ["not aligned"])),
+        _name(TYPES[dtype], f"{side}x{side}", *([] if aligned else ["not aligned"])),
         f"n{block_n} m{block_m} k{block_k} s{launch.num_stages} w{launch.num_warps}",
         launch,
         rows=(pixels,),
@@ -453,9 +326,9 @@ def _bsr_convert() -> Iterator[Variant]:
 def _gated_to_bsr(block: tuple[int, int], kind: str, dtype: torch.dtype) -> Iterator[Variant]:
     layout = gate_layout((SIZE, SIZE), block)
     rows, cols = layout.gate_shape
-    w, gates = _empty(SIZE, SIZE, dtype=dtype), _empty(rows, cols)
+    w, gates = empty(SIZE, SIZE, dtype=dtype), empty(rows, cols)
     tile = bsr_convert.tile_for_gated_to_bsr(layout, w.device)
-    starts = _empty(rows * -(-cols // tile.GATES) + 1, dtype=torch.int32)
+    starts = empty(rows * -(-cols // tile.GATES) + 1, dtype=torch.int32)
     nnz = rows * cols // 8
     count = launch_of(lambda: bsr_convert._count_open(gates, kind, tile))
     copy = launch_of(lambda: bsr_convert._copy_open(w, gates, starts, nnz, layout, kind, tile))
@@ -466,7 +339,7 @@ def _gated_to_bsr(block: tuple[int, int], kind: str, dtype: torch.dtype) -> Iter
     wide = 2 * weights * dtype.itemsize // 16 if block[1] % 16 == 0 else None
     yield Variant(
         "gated_to_bsr copy",
-        _name(_TYPES[dtype], "x".join(map(str, block)), kind),
+        _name(TYPES[dtype], "x".join(map(str, block)), kind),
         f"{tile.GATES} of {tile.BLOCK_R}x{tile.BLOCK_C} w{tile.num_warps}",
         copy,
         wide=wide,

@@ -11,7 +11,6 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from cards import CARDS, compile_for
 from helpers import DTYPES, assert_exact, assert_within_twice, integers, layouts, poisoned
 from sgtriton_kernels import _scratch, bsr_conv, bsr_conv_product, bsr_conv_torch
 from sgtriton_kernels._impl import use_impl
@@ -31,6 +30,8 @@ from sgtriton_kernels.tiles import BsrTile, tile_for_bsr_conv
 from test_bsr import patterns
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
+
+from sgtriton.cross_compile import CARDS, compile_for
 
 FP32, BF16 = torch.float32, torch.bfloat16
 # small: quick to compile natively

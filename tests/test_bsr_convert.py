@@ -4,7 +4,6 @@ from collections import Counter
 
 import pytest
 import torch
-from cards import CARDS, compile_for
 from helpers import DTYPES, assert_exact, assert_within_twice, integers, layouts, poisoned
 from sgtriton_kernels import BlockSparse, gate_weight
 from sgtriton_kernels._triton import INTERPRETED, why_not_triton
@@ -21,6 +20,7 @@ from test_bsr import patterns
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.variants import _bsr_convert
+from sgtriton.cross_compile import CARDS, compile_for
 
 FIELDS = ("values", "crow", "col", "ccol", "row", "perm", "row_order")
 INDEX = FIELDS[1:]

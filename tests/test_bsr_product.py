@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from cards import CARDS
 from helpers import DTYPES, assert_exact, assert_within_twice, integers, layouts, poisoned
 from sgtriton_kernels import bsr_product
 from sgtriton_kernels._triton import INTERPRETED, is_native, why_not_triton
@@ -25,6 +24,7 @@ from sgtriton_kernels.tiles import BsrTile, tile_for_bsr_linear
 from test_bsr import patterns
 
 from bench import compile_report, variants
+from sgtriton.cross_compile import CARDS
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 # small: quick to compile natively

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 from sgtriton_kernels.cards import CARD_NAMES, card
 
-from bench.cards import CARDS
+from sgtriton.cross_compile import CARDS
 
 CARDS_BY_NAME = {name: card(name) for name in CARD_NAMES}
 # what a note must speak of where a figure is missing

@@ -3,8 +3,9 @@ import csv
 import pytest
 
 from bench import compile_report
-from bench.cards import Compiled
-from bench.variants import Launch, Product, Variant, variants
+from bench.variants import Product, Variant, variants
+from sgtriton.cross_compile import Compiled
+from sgtriton.launches import Launch
 
 LAUNCH = Launch("module", "kernel", {}, {}, num_warps=4, num_stages=2)
 

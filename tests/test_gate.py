@@ -2,7 +2,6 @@ import re
 
 import pytest
 import torch
-from cards import CARDS, compile_for
 from helpers import DTYPES, assert_exact, assert_within_twice, integers, layouts
 from sgtriton_kernels import gate as gate_module
 from sgtriton_kernels import gate_layout, gate_weight, gate_weight_ref
@@ -19,6 +18,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
+
+from sgtriton.cross_compile import CARDS, compile_for
 
 # weight shape, block, groups: per weight, ragged, whole dimensions, taps, groups, 1, 0, many tiles
 LINEAR = [

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from cards import CARDS, compile_for
 from helpers import layouts
 from sgtriton_kernels import gate_bits, gate_weight
 from sgtriton_kernels._triton import why_not_triton
 from sgtriton_kernels.gate_bits import open_lists, pack_gates, unpack_gates
+
+from sgtriton.cross_compile import CARDS, compile_for
 
 # rows, columns: one word, a ragged word, one bit, many words, nothing
 SHAPES = [(3, 32), (7, 33), (1, 1), (5, 100), (40, 64), (0, 5), (5, 0)]

@@ -6,7 +6,6 @@ from dataclasses import astuple
 import pytest
 import torch
 import torch.nn.functional as F
-from cards import CARDS, compile_for
 from helpers import assert_exact, assert_within_twice, integers, layouts, poisoned
 from sgtriton_kernels import gated_product
 from sgtriton_kernels._triton import INTERPRETED, why_not_triton
@@ -14,6 +13,8 @@ from sgtriton_kernels.blocks import expand_gates, gate_layout, sum_blocks
 from sgtriton_kernels.gate_bits import open_lists, pack_gates
 from sgtriton_kernels.gated_product import fused_dw, fused_dx, fused_fwd, skip_dw, skip_dx, skip_fwd
 from sgtriton_kernels.tiles import GatedTile, tile_for_gated_linear
+
+from sgtriton.cross_compile import CARDS, compile_for
 
 TILE = GatedTile(BLOCK_N=16, BLOCK_M=16, BLOCK_K=16, num_stages=1, num_warps=1)
 # a tile wider than a word of bits

@@ -2,13 +2,14 @@ import functools
 
 import pytest
 import torch
-from cards import CARDS, compile_for
 from helpers import assert_exact, poisoned
 from sgtriton_kernels import gate_penalties, kinds, penalty
 from sgtriton_kernels._triton import INTERPRETED
 from sgtriton_kernels.penalty import GatePenalties, gate_penalties_ref, mask_size
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
+
+from sgtriton.cross_compile import CARDS, compile_for
 
 OP = torch.ops.sgtriton_kernels.gate_penalties.default
 

@@ -8,12 +8,21 @@ import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 # (backend, architecture, warp size): every target of the package
 CARDS = [
     ("cuda", 80, 32), ("cuda", 86, 32), ("cuda", 89, 32), ("cuda", 90, 32),
     ("cuda", 100, 32), ("cuda", 120, 32), ("hip", "gfx942", 64), ("hip", "gfx1100", 32),
 ]  # fmt: skip
+TARGETS: dict[str, tuple[str, Any, int]] = {
+    f"sm_{card[1]}" if card[0] == "cuda" else str(card[1]): card for card in CARDS
+}
+# bytes of shared memory that a program can have
+SHARED_LIMITS = {
+    "sm_80": 163 * 1024, "sm_86": 99 * 1024, "sm_89": 99 * 1024, "sm_90": 227 * 1024,
+    "sm_100": 227 * 1024, "sm_120": 99 * 1024, "gfx942": 64 * 1024, "gfx1100": 64 * 1024,
+}  # fmt: skip
 
 _PTX = {"load": "ld", "store": "st"}
 _CP_ASYNC = r"cp\.async\.c[ag]\.shared\.global \[[^]]*\], \[[^]]*\], (\w+)"
@@ -100,6 +109,23 @@ def _place(types: str) -> str | None:
     if first is None:
         return None
     return "tensor memory" if "tensor_memory" in first.group() else "shared memory"
+
+
+def why_not() -> str | None:
+    """Why kernels cannot be compiled for cards here; ``None`` where they can."""
+    from sgtriton_kernels import _triton
+
+    if _triton._MISSING is not None:
+        return _triton._MISSING
+    if _triton.INTERPRETED:
+        return "the interpreter replaces the compiler: set TRITON_INTERPRET=0"
+    from triton.backends import backends
+
+    if "cpu" in backends:
+        return "this Triton is the fork that compiles for the CPU: take the stock one"
+    if missing := {"nvidia", "amd"} - set(backends):
+        return f"this Triton has no compiler for {' and '.join(sorted(missing))}"
+    return None
 
 
 def compile_for(
