@@ -8,6 +8,7 @@ from .patching import patch, unpatch
 from .report import summary
 from .serving import sparsify
 from .sparse_layers import BlockSparseConv1d, BlockSparseConv2d, BlockSparseLinear
+from .tuning import tune
 
 __version__ = "0.1.0"
 
@@ -26,5 +27,6 @@ __all__ = [
     "save",
     "sparsify",
     "summary",
+    "tune",
     "unpatch",
 ]

@@ -7,14 +7,9 @@ runs no code, trusts no length and checks all sums; what the arrays mean is the 
 
 from __future__ import annotations
 
-import contextlib
-import glob
 import json
 import os
-import platform
 import reprlib
-import secrets
-import time
 import zlib
 from pathlib import Path
 from typing import Any
@@ -24,10 +19,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load as read_container
 from safetensors.torch import save as write_container
 
+from .files import replace_file
+
 FORMAT = 1
 _KEY, _KEY_SUM = "sgtriton", "sgtriton_crc32"
 _LARGEST_HEADER = 64 << 20
-_OLD = 3600.0  # seconds after which a stray temporary file is nobody's
 
 
 def write_file(path: Path, layers: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
@@ -55,7 +51,7 @@ def write_file(path: Path, layers: dict[str, Any], tensors: dict[str, torch.Tens
     except KeyError as error:  # the container does not know a dtype
         raise ValueError(f"{path}: tensors of {error} cannot be stored") from error
     try:
-        _replace(Path(os.path.realpath(path)), data)  # a link stays one
+        replace_file(Path(os.path.realpath(path)), data)  # a link stays one
     except OSError as error:
         raise ValueError(f"{path}: cannot be written: {error}") from error
 
@@ -162,37 +158,3 @@ def _checksum(tensor: torch.Tensor) -> int:
     flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
     data = memoryview(flat.numpy())  # pyright: ignore[reportArgumentType]
     return zlib.crc32(f"{tensor.dtype}{tuple(tensor.shape)}".encode(), zlib.crc32(data))
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """Write beside ``path``, then rename: a reader never meets half a file."""
-    machine = f"{zlib.crc32(platform.node().encode()):08x}"
-    for stray in path.parent.glob(f"{glob.escape(f'.{path.name}.')}*.tmp"):
-        with contextlib.suppress(OSError):  # another process was faster
-            if _is_abandoned(stray, machine):
-                stray.unlink()
-    beside = path.parent / f".{path.name}.{machine}-{os.getpid()}-{secrets.token_hex(4)}.tmp"
-    try:
-        with open(beside, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def _is_abandoned(stray: Path, machine: str) -> bool:
-    """Whether nobody will rename a temporary file: it is old, or its writer is dead."""
-    if time.time() - stray.stat().st_mtime > _OLD:
-        return True
-    writer = stray.name.split(".")[-2].split("-")
-    if os.name != "posix" or len(writer) != 3 or writer[0] != machine or not writer[1].isdecimal():
-        return False
-    try:
-        os.kill(int(writer[1]), 0)  # asks only whether there is such a process
-    except ProcessLookupError:
-        return True
-    except (OSError, OverflowError):
-        pass
-    return False

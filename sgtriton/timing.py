@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from .cold import wait_for
+
 _SAMPLE = 1e-3  # seconds that a sample lasts, or one call
 _LONG = 0.05  # seconds from which what the caches hold makes no difference to a call
 
@@ -75,14 +77,9 @@ def samples_ms(
 
 
 def _sample(call: Callable[[], object], repeats: int, device: torch.device) -> float:
-    _wait_for(device)
+    wait_for(device)
     start = time.perf_counter()
     for _ in range(repeats):
         call()
-    _wait_for(device)
+    wait_for(device)
     return time.perf_counter() - start
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)

@@ -38,6 +38,18 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """A cache of the test's own: nothing is remembered before it or after it."""
+    from sgtriton_kernels import lookup
+
+    monkeypatch.setenv("SGTRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(lookup, "_told", {})
+    lookup.forget()
+    yield tmp_path / "tune"
+    lookup.forget()
+
+
 @pytest.fixture(params=["torch", "triton"])
 def impl(request, device) -> str:
     """Each implementation of an op that can run on the test device."""

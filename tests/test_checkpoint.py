@@ -7,6 +7,7 @@ import copy
 import itertools
 import json
 import os
+import platform
 import pickle
 import random
 import resource
@@ -831,7 +832,7 @@ def test_strays_of_dead_writers_and_old_ones_are_swept(tmp_path, name):
     path = tmp_path / name
     child = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"],
                            capture_output=True, text=True)  # fmt: skip
-    machine = f"{zlib.crc32(container.platform.node().encode()):08x}"
+    machine = f"{zlib.crc32(platform.node().encode()):08x}"
 
     def stray(middle, age=0.0):
         file = tmp_path / f".{middle}.tmp"

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -17,7 +19,7 @@ from .block_products import ELEMENTS, choose_way
 from .bsr_row import library_is_faster, library_serves
 from .candidates import ANALYTIC, Candidate, candidates, named
 from .cell import Cell
-from .records import cache_folder, place, read_record, table_entry
+from .records import cache_folder, file_name, place, read_record, table_entry
 from .tiles import tile_for_bsr_linear
 
 _MOST = 4096  # choices that are remembered
@@ -54,12 +56,27 @@ class _Now:
 
 now = _Now()
 _chosen: dict[tuple[Cell, torch.device, int], Choice] = {}
+_told: dict[str, str] = {}  # file name of a key -> candidate, of this process
 
 
 def forget() -> None:
     """Look everything up anew from here on."""
     now.generation += 1
     _chosen.clear()
+
+
+def tell(key: Mapping[str, object], candidate: str) -> None:
+    """Have a record of the user's in this process, whether or not a file holds it."""
+    _told[file_name(key)] = candidate
+    forget()
+
+
+def recorded(folder: Path | None, key: Mapping[str, object]) -> str | None:
+    """The name that a record of the user's gives for a key, or ``None``; it may name nothing."""
+    if (name := _told.get(file_name(key))) is not None:
+        return name
+    record = None if folder is None else read_record(folder, key)
+    return None if record is None else record["candidate"]
 
 
 def choose(cell: Cell, device: torch.device) -> Choice:
@@ -87,9 +104,8 @@ def _look_up(cell: Cell, device: torch.device) -> Choice:
     # what cannot serve this product is as unknown as what does not exist
     known = {candidate.name: candidate for candidate in candidates(cell, copy_engine=True)}
     folder = cache_folder()
-    for rows in cell.near_rows() if folder is not None else ():
-        record = read_record(folder, full_key(cell, device, rows))
-        name = record and record["candidate"]
+    for rows in cell.near_rows():
+        name = recorded(folder, full_key(cell, device, rows))
         if name in known:
             return Choice(known[name], "cache", f"this user's record, for up to {rows} rows")
         if name == ANALYTIC:
