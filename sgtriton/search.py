@@ -26,8 +26,7 @@ _CHECKS = 2  # inputs that a candidate must multiply rightly
 _HOPELESS = 1.5  # times the fastest first call, from which a candidate is timed no more
 _ROUNDS = 31  # of calls in turns, after which no more are needed
 _FEWEST = 5  # rounds without which nothing is decided
-
-Run = Callable[[Candidate], torch.Tensor]
+_LONGEST = 200  # characters of a reason
 
 
 @dataclass(frozen=True)
@@ -195,7 +194,8 @@ def _why_not(problem: Problem, candidate: Candidate) -> str | None:
     try:
         return problem.wrong(candidate)
     except Exception as error:
-        return f"fails: {type(error).__name__}: {str(error).strip().splitlines()[:1]}"
+        first = (str(error).strip().splitlines() or [""])[0]
+        return f"fails: {type(error).__name__}: {first[:_LONGEST]}"
 
 
 def _call(problem: Problem, candidate: Candidate) -> Callable[[], object]:

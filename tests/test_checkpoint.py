@@ -7,8 +7,8 @@ import copy
 import itertools
 import json
 import os
-import platform
 import pickle
+import platform
 import random
 import resource
 import signal

@@ -1,0 +1,188 @@
+"""Which candidate a call takes, by whose word; results stay the same whoever decides."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from helpers import assert_exact, integers
+from sgtriton_kernels import BlockSparse, bsr_linear, bsr_torch, lookup, records
+from sgtriton_kernels.block_products import multiply
+from sgtriton_kernels.bsr_choice import cell_of, choice_for
+from sgtriton_kernels.candidates import ANALYTIC, candidates, named
+from sgtriton_kernels.cards import card
+from sgtriton_kernels.cell import Cell
+from sgtriton_kernels.lookup import analytic, choose, full_key, tell
+
+from sgtriton.tune_cache import write_record
+
+CPU = torch.device("cpu")
+CELL = Cell("bsr_linear fwd", "torch", 100, 256, 320, (16, 16), 60, torch.float32, longest=5)
+
+
+def write(cell, name, rows=None):
+    reason = write_record(records.cache_folder(), full_key(cell, CPU, rows), name, {})
+    assert reason is None
+    lookup.forget()
+
+
+def test_reasoning_says_why(cache):
+    found = choose(CELL, CPU)
+    assert found.source == "analytic"
+    assert found.reasons
+    assert found == analytic(CELL)
+    card = dataclasses.replace(CELL, impl="triton", block=(64, 64), nnz=20, dtype=torch.bfloat16)
+    for op in ("bsr_linear fwd", "bsr_linear dx", "bsr_linear dvalues"):
+        for m in (1, 32, 5000):
+            cell = dataclasses.replace(card, op=op, M=m)
+            found = analytic(cell)
+            assert found.candidate.tile.name == found.candidate.name
+            assert len(found.reasons) > 20
+
+
+def test_record_of_this_user_comes_before_reasoning(cache):
+    other = next(c for c in candidates(CELL) if c != analytic(CELL).candidate)
+    write(CELL, other.name)
+    found = choose(CELL, CPU)
+    assert (found.candidate, found.source) == (other, "cache")
+
+
+def test_record_may_name_what_reasoning_gives(cache):
+    write(CELL, ANALYTIC)
+    found = choose(CELL, CPU)
+    assert (found.candidate, found.source) == (analytic(CELL).candidate, "cache")
+
+
+@pytest.mark.parametrize(
+    ("m", "rows", "is_asked"),
+    [(100, 128, True), (100, 64, True), (100, 256, False), (128, 256, True), (128, 64, True),
+     (128, 512, False), (65, 64, True), (65, 128, True), (65, 32, False), (1, 2, True)],
+)  # fmt: skip
+def test_nearest_record_counts_within_a_factor_of_two(m, rows, is_asked, cache):
+    cell = dataclasses.replace(CELL, M=m)
+    other = next(c for c in candidates(cell) if c != analytic(cell).candidate)
+    write(cell, other.name, rows)
+    assert (choose(cell, CPU).source == "cache") == is_asked
+
+
+def test_own_record_comes_before_the_nearest(cache):
+    first, second = [c for c in candidates(CELL) if c != analytic(CELL).candidate][:2]
+    write(CELL, first.name, 64)
+    write(CELL, second.name, 128)
+    assert choose(CELL, CPU).candidate == second
+
+
+@pytest.mark.parametrize("name", ["", "nothing", "x_left_n128_m16_k32_s4_w2", "library"])
+def test_record_that_names_what_cannot_serve_is_none(name, cache):
+    cell = dataclasses.replace(CELL, block=(16, 32))  # which the library does not take
+    write(cell, name)
+    assert choose(cell, CPU) == analytic(cell)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"N": 272}, {"K": 336}, {"block": (16, 32)}, {"dtype": torch.float64}, {"nnz": 200},
+     {"longest": 12}, {"M": 300}, {"op": "bsr_linear dx"}],
+    ids=str,
+)  # fmt: skip
+def test_record_of_another_product_is_not_taken(change, cache):
+    other = next(c for c in candidates(CELL) if c != analytic(CELL).candidate)
+    write(CELL, other.name)
+    changed = dataclasses.replace(CELL, **change)
+    if changed.op == CELL.op:
+        assert choose(changed, CPU).source == "analytic"
+    assert changed.key() != CELL.key()
+
+
+@pytest.mark.parametrize("what", ["device", "architecture", "threads", "library", "source"])
+def test_record_of_another_place_is_not_taken(what, cache, monkeypatch):
+    other = next(c for c in candidates(CELL) if c != analytic(CELL).candidate)
+    write(CELL, other.name)
+    real = records.place
+    monkeypatch.setattr(lookup, "place", lambda *a: real(*a) | {what: "another"})
+    lookup.forget()
+    assert choose(CELL, CPU).source == "analytic"
+
+
+def test_record_is_stale_when_candidates_change(cache, monkeypatch):
+    other = next(c for c in candidates(CELL) if c != analytic(CELL).candidate)
+    write(CELL, other.name)
+    real = named
+    monkeypatch.setattr(lookup, "named", lambda *a: real(*a) | {"another": other})
+    lookup.forget()
+    assert choose(CELL, CPU).source == "analytic"
+
+
+@pytest.mark.parametrize(
+    ("status", "gain", "source"),
+    [("measured", 1.01, "table"), ("predicted", 1.3, "predicted"), ("predicted", 1.05, "analytic")],
+)
+def test_table_that_ships_comes_after_the_users_record(status, gain, source, cache, monkeypatch):
+    cell = dataclasses.replace(CELL, impl="triton", block=(64, 64), dtype=torch.bfloat16)
+    first, second = [c for c in candidates(cell, True) if c != analytic(cell).candidate][:2]
+    entry = {"candidate": first.name, "status": status, "gain": gain}
+    monkeypatch.setattr(lookup, "is_native", lambda device: False)
+    monkeypatch.setattr(lookup, "table_entry", lambda device, keys: ("H200", entry))
+    found = choose(cell, CPU)
+    assert found.source == source
+    assert (found.candidate == first) == (source != "analytic")
+    assert source == "analytic" or "H200" in found.reasons
+    tell(full_key(cell, CPU), second.name)
+    assert choose(cell, CPU).candidate == second
+
+
+def test_shipped_tables_name_candidates_and_cards():
+    """Every entry is found by the key of some product, and names what can serve it."""
+    for name, entries in records.tables().items():
+        assert name in card(name).name
+        for text, entry in entries.items():
+            key = json.loads(text)
+            assert entry["candidate"] in named(key["op"], "triton", False), (name, text)
+            assert entry["status"] in ("predicted", "measured")
+            assert entry["gain"] >= 1
+
+
+def container(open, side):
+    dense = integers(open.shape[0] * side, open.shape[1] * side)
+    mask = open.repeat_interleave(side, 0).repeat_interleave(side, 1)
+    return BlockSparse.from_dense(dense.where(mask, 0), (side, side), open=open), dense * mask
+
+
+def test_choice_that_was_kept_with_a_matrix_gives_way_to_a_new_record(cache, monkeypatch):
+    taken, real = [], multiply
+    monkeypatch.setattr(bsr_torch, "multiply", lambda *a: taken.append(a[5]) or real(*a))
+    w, dense = container(torch.rand(12, 14) < 0.5, 16)
+    x = integers(20, 14 * 16)
+    cell = cell_of("fwd", w, "torch", x)
+    for name in ("loop", "dense", "layers"):
+        tell(full_key(cell, CPU), name)
+        assert_exact(name, bsr_linear(x, w, impl="torch"), x @ dense.T)
+        assert_exact(name, bsr_linear(x, w, impl="torch"), x @ dense.T)
+    assert taken == ["loop", "loop", "dense", "dense", "layers", "layers"]
+
+
+def test_callers_choice_comes_before_all(cache, monkeypatch):
+    taken, real = [], multiply
+    monkeypatch.setattr(bsr_torch, "multiply", lambda *a: taken.append(a[5]) or real(*a))
+    w, dense = container(torch.rand(12, 14) < 0.5, 16)
+    x = integers(20, 14 * 16)
+    tell(full_key(cell_of("fwd", w, "torch", x), CPU), "loop")
+    assert_exact("rows", bsr_linear(x, w, impl="torch", tile="rows"), x @ dense.T)
+    assert taken == ["rows"]
+
+
+def test_choices_of_many_sizes_do_not_pile_up(cache):
+    w, _ = container(torch.rand(4, 4) < 0.5, 16)
+    for m in range(1, 600):
+        choice_for("fwd", w, "torch", torch.empty(m, 64))
+    assert len(w.index.choices) <= 256
+    assert len(lookup._chosen) <= 4096
+
+
+def test_lookup_reads_each_file_once(cache, monkeypatch):
+    write(CELL, ANALYTIC)
+    reads, real = [], records.read_record
+    monkeypatch.setattr(lookup, "read_record", lambda *a: reads.append(1) or real(*a))
+    for _ in range(5):
+        choose(CELL, CPU)
+    assert len(reads) == 1

@@ -1,0 +1,211 @@
+"""sgtriton.tune: which products a model meets, in bounded time, remembered."""
+
+import os
+
+import pytest
+import torch
+from helpers import assert_exact
+from sgtriton_kernels import lookup, records
+from sgtriton_kernels.cell import Cell
+from torch import nn
+
+import sgtriton
+from sgtriton import cold, tuning
+from sgtriton.tuning import Tuned, TuneReport, products_of, tune, tune_products
+
+
+class Net(nn.Module):
+    """Two sparse layers, one of which is called twice; a layer without gates; a dropout."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(64, 96), nn.Linear(96, 96)
+        self.drop, self.head = nn.Dropout(0.5), nn.Linear(96, 5)
+
+    def forward(self, x, scale=1.0):
+        x = self.second(self.drop(self.first(x)).relu())
+        return self.head(self.second(x[:3]) * scale)
+
+
+@pytest.fixture
+def model():
+    net = Net()
+    with torch.no_grad():
+        for layer in (net.first, net.second):
+            mask = torch.rand(layer.weight.shape[0] // 16, layer.weight.shape[1] // 16) < 0.4
+            layer.weight.mul_(mask.repeat_interleave(16, 0).repeat_interleave(16, 1))
+    return sgtriton.sparsify(net.eval(), block=(16, 16), exclude=["head"], form="sparse")
+
+
+@pytest.fixture
+def timings(monkeypatch):
+    """Collects a 1 for each call that is timed."""
+    calls, real = [], cold.ColdTimer.ms
+    monkeypatch.setattr(cold.ColdTimer, "ms", lambda *a: calls.append(1) or real(*a))
+    return calls
+
+
+def test_products_are_those_that_the_model_meets(model):
+    found = {p.name: p.rows for p in products_of(model, torch.randn(2, 7, 64))}
+    assert found == {"first": (14,), "second": (14,)}
+    found = {p.name: p.rows for p in products_of(model, torch.randn(7, 64))}
+    assert found == {"first": (7,), "second": (7, 3)}
+    for call in ((torch.randn(4, 64), 2.0), {"x": torch.randn(4, 64), "scale": 2.0}):
+        assert [p.rows for p in products_of(model, call)] == [(4,), (4, 3)]
+
+
+def test_model_is_as_it_was(model):
+    model.train()
+    model.drop.eval()
+    state = {name: t.clone() for name, t in model.state_dict().items()}
+    tune(model, torch.randn(4, 64), seconds=0.01)
+    assert model.training
+    assert not model.drop.training
+    assert not model.first._forward_pre_hooks
+    assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
+
+
+def test_second_run_times_nothing(model, cache, timings):
+    report = tune(model, torch.randn(9, 64), seconds=30)
+    assert [row.status for row in report.rows].count("not reached") == 0
+    assert report.timed == len(report.rows) == 3
+    assert timings
+    timings.clear()
+    lookup.forget()
+    again = tune(model, torch.randn(9, 64), seconds=30)
+    assert [row.status for row in again.rows] == ["cached"] * 3
+    assert not timings
+    assert [row.choice.candidate for row in again.rows] == [
+        row.choice.candidate for row in report.rows
+    ]
+    assert again.timed == 0
+    once_more = tune(model, torch.randn(9, 64), seconds=30, again=True)
+    assert once_more.timed == 3
+    assert timings
+
+
+def test_results_stay(model, cache):
+    x = torch.randint(-1, 2, (9, 64)).float()
+    before = model.first(x)
+    tune(model, x, seconds=10)
+    torch.testing.assert_close(model.first(x), before)
+
+
+def test_faster_candidate_is_taken_by_the_next_call(model, cache, monkeypatch):
+    """As if only multiplying with the zeros filled in were fast."""
+    calls, slow = [], {"unpack": 1.0}
+    monkeypatch.setattr(
+        tuning, "search",
+        lambda problem, present, others, until, say: tuning.Found(
+            next(c for c in others if c.name == "unpack"), 1.0, 2.0, 2.0, 3, {}
+        ),
+    )  # fmt: skip
+    report = tune(model, torch.randn(9, 64), seconds=10)
+    assert {row.status for row in report.rows} == {"changed"}
+    assert {row.choice.candidate.name for row in report.rows} == set(slow)
+    real = nn.functional.linear
+    monkeypatch.setattr(nn.functional, "linear", lambda *a: calls.append(1) or real(*a))
+    x = torch.randint(-1, 2, (9, 64)).float()
+    weight = model.first.to_dense().weight
+    assert_exact("y", model.first(x) - model.first.bias, (x @ weight.T + model.first.bias)
+                 - model.first.bias)  # fmt: skip
+    assert calls
+
+
+def test_product_that_occurs_twice_is_tuned_once(cache, timings):
+    layer = nn.Linear(64, 64, bias=False)
+    with torch.no_grad():
+        layer.weight[:32] = 0
+    model = sgtriton.sparsify(nn.Sequential(layer, layer).eval(), block=(16, 16), form="sparse")
+    twice = products_of(model, torch.randn(3, 64)) * 2
+    report = tune_products(twice, 10)
+    assert [row.status for row in report.rows] == [report.rows[0].status] * 2
+
+
+def test_cache_that_cannot_be_written_is_said_once(model, cache, monkeypatch):
+    cache.parent.joinpath("tune").write_text("a file where the folder should be")
+    report = tune(model, torch.randn(9, 64), seconds=10)
+    assert report.timed == 3
+    assert len(report.notes) == 1
+    assert "kept in this process only" in report.notes[0]
+    again = tune(model, torch.randn(9, 64), seconds=10)
+    assert again.timed == 0
+
+
+def test_without_a_home_choices_are_kept_in_the_process(model, cache, monkeypatch):
+    monkeypatch.setattr(tuning, "cache_folder", lambda: None)
+    monkeypatch.setattr(lookup, "cache_folder", lambda: None)
+    report = tune(model, torch.randn(9, 64), seconds=10)
+    assert "no home" in report.notes[0]
+    assert tune(model, torch.randn(9, 64), seconds=10).timed == 0
+
+
+def test_time_is_kept(model, cache):
+    report = tune(model, torch.randn(9, 64), seconds=1e-6)
+    assert {row.status for row in report.rows} == {"not reached"}
+    assert not cache.exists() or not list(cache.iterdir())
+    assert "not reached" in str(report)
+
+
+@pytest.mark.parametrize("seconds", [0, -1, float("nan")])
+def test_no_time_is_refused(model, seconds):
+    with pytest.raises(ValueError, match="seconds must be positive, got"):
+        tune(model, torch.randn(9, 64), seconds=seconds)
+
+
+def test_model_without_sparse_layers_is_refused():
+    with pytest.raises(ValueError, match="no block-sparse linear layer"):
+        tune(nn.Linear(4, 4), torch.randn(2, 4))
+
+
+def test_nothing_is_timed_during_a_capture_or_a_trace(model, monkeypatch, timings):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    with pytest.raises(ValueError, match="while a graph is captured or traced"):
+        tune(model, torch.randn(9, 64))
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(ValueError, match="while a graph is captured or traced"):
+        tune(model, torch.randn(9, 64))
+    assert not timings
+
+
+@pytest.mark.skipif("TRITON_INTERPRET" not in os.environ, reason="for the interpreter")
+def test_interpreted_kernels_are_not_tuned(model, monkeypatch):
+    monkeypatch.setenv("SGTRITON_IMPL", "triton")
+    with pytest.raises(ValueError, match="interpreted kernels are not tuned"):
+        tune(model, torch.randn(9, 64))
+
+
+def test_error_of_the_model_leaves_it_as_it_was(model):
+    model.train()
+    with pytest.raises(ValueError, match="64"):
+        tune(model, torch.randn(9, 63))
+    assert model.training
+    assert not model.first._forward_pre_hooks
+
+
+def test_table_says_what_is_taken(cache):
+    cell = Cell("bsr_linear fwd", "torch", 16, 4096, 1024, (32, 32), 410, torch.float32, 12)
+    choice = lookup.choose(cell, torch.device("cpu"))
+    rows = (
+        Tuned("fc1", cell, "changed", choice, 1.234, 0.5678),
+        Tuned("fc2", cell, "cached", choice),
+    )
+    text = str(TuneReport(rows, 12.34, ("a note",)))
+    assert "1.23x" in text
+    assert "0.568" in text
+    assert "cached" in text
+    assert text.endswith("1 of 2 products timed, 12.3 s\na note")
+    assert max(map(len, text.splitlines())) <= 100
+    assert str(TuneReport((), 0.0)).startswith("0 of 0")
+
+
+def test_file_of_a_record_says_what_was_measured(model, cache):
+    tune(model, torch.randn(9, 64), seconds=10)
+    found = [records._read_json(path, 1 << 14) for path in cache.glob("*.json")]
+    assert found
+    for record in found:
+        assert record["ms"] > 0
+        assert record["timed"] > 1
+        assert record["key"]["op"] == "bsr_linear fwd"
