@@ -17,6 +17,7 @@ from . import (
     roofline,
     serving,
     training,
+    tuning,
 )
 
 
@@ -34,6 +35,7 @@ def main() -> int:
     roofline.add_command(commands)
     serving.add_command(commands)
     training.add_command(commands)
+    tuning.add_command(commands)
     arguments = parser.parse_args()
     try:
         return arguments.run(arguments)

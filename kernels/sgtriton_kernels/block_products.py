@@ -12,7 +12,8 @@ cost least:
   layer is the beginning of them. For many blocks and rows of ``x``.
 - *loop*: a product for each block, straight into ``out``. For large blocks and many rows of ``x``,
   beside which a call costs little.
-- *rows*, *columns*: one product for each block row or block column, where there are few.
+- *rows*, *columns*: one product for each block row or block column, where there are few, of blocks
+  that are narrow or flat.
 - *dense*: one product with the whole matrix, where blocks are too small to be worth gathering.
 
 Memory is used again from call to call: on a CPU, fresh pages cost more than the arithmetic.
@@ -36,7 +37,8 @@ _BAND = 512  # rows of x at a time, at the most
 _LOOP = 1 << 21  # multiply-adds of a block from which a call for each pays
 _LAYER = 110_000  # elements of the sums that a layer adds to, from which layers pay
 _BAG = 1 << 13  # longest row that the bag kernel adds up: it is compiled for each length
-_FEW = 8  # block rows or columns up to which one product for each is faster
+_FEW = 8  # block rows or columns up to which, and rows of x from which on, one product for each
+_NARROW = 16  # is faster; and sides of a block for which that holds
 _REUSE = 8  # products per element moved, below which (and from 16 rows on) dense is faster
 _GATHERED = 1 << 20  # elements of x that backward gathers at a time
 
@@ -61,7 +63,7 @@ class BlockIndex:
         if starts is not None:
             self.starts = starts
         self._batches: dict[int, list[tuple[int, int, torch.Tensor, torch.Tensor]]] = {}
-        # values, their address, and the matrix that was made of them; see :mod:`.bsr_row`
+        # values, their address, and the matrix that was made of them; see :mod:`.bsr_library`
         self.library_matrix: tuple[torch.Tensor, int, torch.Tensor] | None = None
         self.choices: dict[tuple[object, ...], Any] = {}  # see :mod:`.bsr_choice`
 
@@ -193,10 +195,10 @@ def choose_way(
     o, i = block
     if m > 1:
         rows, columns = grid
-        if rows <= _FEW:
-            return "rows", f"up to {_FEW} block rows: one product for each"
-        if columns <= _FEW:
-            return "columns", f"up to {_FEW} block columns: one product for each"
+        if rows <= _FEW and i <= _NARROW and m > _FEW:
+            return "rows", f"up to {_FEW} rows of narrow blocks: one product for each"
+        if columns <= _FEW and o <= _NARROW and m > _FEW:
+            return "columns", f"up to {_FEW} columns of flat blocks: one product for each"
         if m >= 16 and i * o < _REUSE * (i + o):
             return "dense", "blocks too small to be worth gathering"
     if min(i, o) >= 64 and m * i * o >= _LOOP:

@@ -10,7 +10,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ._operands import is_aligned
 from ._triton import dot_precision, is_native
 from .bsr import BlockSparse
-from .bsr_row import library_serves
+from .bsr_library import library_serves
 from .candidates import Candidate, named
 from .cell import Cell
 from .lookup import choose, now

@@ -6,7 +6,7 @@ import torch
 
 from .activations import ACTIVATIONS
 from .block_products import BlockIndex, multiply, multiply_bwd
-from .bsr_row import library_matrix, library_product
+from .bsr_library import library_matrix, library_product
 from .candidates import Candidate
 
 

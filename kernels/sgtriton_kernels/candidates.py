@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from .block_products import ELEMENTS
-from .bsr_row import library_serves
+from .bsr_library import library_serves
 from .cell import Cell
 from .tiles import BsrTile
 

@@ -16,7 +16,7 @@ import torch
 
 from ._triton import is_native
 from .block_products import ELEMENTS, choose_way
-from .bsr_row import library_is_faster, library_serves
+from .bsr_library import library_is_faster, library_serves
 from .candidates import ANALYTIC, Candidate, candidates, named
 from .cell import Cell
 from .records import cache_folder, file_name, place, read_record, table_entry
@@ -146,8 +146,8 @@ def analytic(cell: Cell) -> Choice:
 def _analytic_way(cell: Cell) -> tuple[Candidate, str]:
     known = named(cell.op, cell.impl, cell.native)
     serves = library_serves((cell.N, cell.K), cell.block, cell.dtype)
-    if cell.M == 1 and serves and library_is_faster(cell.block, cell.nnz):
-        return known["library"], "one row: the library's product of such a matrix is one call"
+    if serves and library_is_faster(cell.M, cell.block, cell.nnz, cell.density):
+        return known["library"], "few rows, or small blocks: the library's product is one call"
     longest = cell.longest if cell.longest is not None else -(-cell.nnz // cell.block_rows)
     way, reasons = choose_way(
         cell.M, cell.block, cell.nnz, (cell.block_rows, cell.block_cols), lambda: longest

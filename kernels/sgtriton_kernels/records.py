@@ -163,7 +163,7 @@ def _torch_version() -> str:
 # what computes the products, by implementation: a change of theirs makes records stale
 _SOURCES = {
     "triton": ("_bf16.py", "_triton.py", "activations.py", "bsr_product.py"),
-    "torch": ("_scratch.py", "block_products.py", "bsr_row.py", "bsr_torch.py"),
+    "torch": ("_scratch.py", "block_products.py", "bsr_library.py", "bsr_torch.py"),
 }
 
 

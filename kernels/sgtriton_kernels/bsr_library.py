@@ -1,6 +1,6 @@
-"""Few rows of ``x`` by a block-sparse matrix, in the library's own product of such a matrix.
+"""A product with a block-sparse matrix in the library's own way.
 
-Where weights are few a call costs as much as the arithmetic, and this is one call. The library's
+It takes small blocks well, and it is one call, which counts where weights are few. The library's
 matrix refers to the values where they lie, so that it is made once and follows their changes.
 """
 
@@ -15,7 +15,11 @@ from .block_products import BlockIndex
 # Measured on two AVX2 cores beside the batched products: 128x128 to 4096x1024, half to 5 % open
 _SMALL = 32  # side of a block, below which it is faster
 _LARGE = 64  # side of a block, above which it is not
-_WEIGHTS = 150_000  # up to which it is in between
+_WEIGHTS = 150_000  # up to which it is in between; half as many for a few rows
+_FEW = 4  # rows of x
+_TINY = 16  # side of a block, below which it is faster for any number of rows, but from
+_MANY = 256  # so many on, where blocks are
+_DENSE = 0.3  # so dense
 _ONE_THREAD = 1 << 16  # weights up to which the product with a vector, in one thread, is faster
 
 _HAS_LIBRARY = torch.backends.mkl.is_available()
@@ -28,10 +32,16 @@ def library_serves(shape: tuple[int, int], block: tuple[int, int], dtype: torch.
     return _HAS_LIBRARY and bn == bk and bn > 1 and whole and dtype.itemsize >= 4
 
 
-def library_is_faster(block: tuple[int, int], nnz: int) -> bool:
-    """Whether one row is multiplied faster by the library than in the other ways."""
-    side = block[0]
-    return nnz > 0 and (side < _SMALL or (side <= _LARGE and nnz * side * side <= _WEIGHTS))
+def library_is_faster(m: int, block: tuple[int, int], nnz: int, density: float) -> bool:
+    """Whether ``m`` rows are multiplied faster by the library than in the other ways."""
+    side, weights = block[0], nnz * block[0] * block[1]
+    if not nnz or m < 1:
+        return False
+    if side < _TINY:
+        return m < _MANY or density < _DENSE
+    if m == 1:
+        return side < _SMALL or (side <= _LARGE and weights <= _WEIGHTS)
+    return m <= _FEW and side <= _LARGE and (side < _SMALL or 2 * weights <= _WEIGHTS)
 
 
 def library_matrix(values: torch.Tensor, index: BlockIndex, shape: tuple[int, int]) -> torch.Tensor:

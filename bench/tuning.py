@@ -1,0 +1,184 @@
+"""What the tuner chooses beside what an exhaustive search finds, on a CPU.
+
+For each cell the tuner searches as a user would have it, from nothing; then every candidate is
+timed in turns, the second-level cache cold, and the tuned and the reasoned choice are compared with
+the fastest. A choice that is the fastest has the ratio 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from sgtriton_kernels import BlockSparse
+from sgtriton_kernels.bsr_choice import cell_of
+from sgtriton_kernels.candidates import candidates
+from sgtriton_kernels.lookup import analytic
+
+from sgtriton.cold import ColdTimer
+from sgtriton.search import Problem, search
+from sgtriton.tables import format_table
+
+from . import timed
+from .rows import circumstances, write
+
+# N, K, block, share of the blocks that is stored; each at two numbers of rows
+WEIGHTS = (
+    (1024, 1024, 16, 0.2), (4096, 1024, 64, 0.1), (1024, 4096, 32, 0.1), (512, 512, 32, 0.5),
+    (300, 784, 4, 0.1), (2048, 512, 16, 0.05), (768, 3072, 64, 0.2), (1024, 1024, 128, 0.3),
+    (128, 4096, 32, 0.2), (1000, 1000, 8, 0.1),
+)  # fmt: skip
+ROWS = (1, 64)
+TUNED_WITHIN, REASONED_WITHIN = 1.03, 1.15  # of the fastest, that is aimed at
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the CSV: a candidate in a cell; ``ratio`` is to the fastest."""
+
+    candidate: str
+    tuned: int
+    analytic: int
+    M: int
+    N: int
+    K: int
+    block: int
+    density: float
+    ms_p20: float
+    ms_p50: float
+    ms_p80: float
+    ratio: float
+    samples: int
+    threads: int
+    cpu: str
+    sgtriton: str
+    torch: str
+    python: str
+    commit: str
+
+
+@torch.no_grad()
+def measure(
+    n: int, k: int, block: int, share: float, m: int, seconds: float, rounds: int
+) -> list[Row]:
+    """Search one cell, then time all that is right in it."""
+    is_open = torch.rand(-(-n // block), -(-k // block)) < share
+    w = BlockSparse.from_dense(torch.randn(n, k), (block, block), open=is_open)
+    cell = cell_of("fwd", w, "torch", torch.empty(m, k))
+    problem = Problem(cell, w, torch.Generator().manual_seed(0))
+    reasoned, all_of_them = analytic(cell).candidate, candidates(cell)
+    found = search(problem, reasoned, all_of_them, time.perf_counter() + seconds)
+    tuned = reasoned if found is None else found.candidate
+    right = [c for c in all_of_them if problem.wrong(c) is None]
+    timer = ColdTimer(problem.device)
+    samples: dict[str, list[float]] = {c.name: [] for c in right}
+    for done in range(rounds):
+        for candidate in right:
+            taken = samples[candidate.name]
+            far = done >= 3 and min(taken) > 3 * min(map(min, samples.values()))
+            if not far:  # what is thrice as slow needs no more
+                taken.append(timer.ms(lambda c=candidate: problem.call(c)))
+    fastest = min(map(statistics.median, samples.values()))
+    rows = []
+    for name, ms in samples.items():
+        p20, p50, p80 = timed.quantiles(ms)
+        rows.append(
+            Row(
+                candidate=name, tuned=int(name == tuned.name), analytic=int(name == reasoned.name),
+                M=m, N=n, K=k, block=block, density=round(cell.density, 4),
+                ms_p20=round(p20, 4), ms_p50=round(p50, 4), ms_p80=round(p80, 4),
+                ratio=round(statistics.median(ms) / fastest, 4), samples=len(ms),
+                **circumstances(),
+            )
+        )  # fmt: skip
+    return rows
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What the rows of one cell say."""
+
+    M: int
+    N: int
+    K: int
+    block: int
+    density: float
+    fastest: str
+    fastest_ms: float
+    tuned: str
+    tuned_ratio: float
+    analytic: str
+    analytic_ratio: float
+
+
+def cells(rows: Iterable[Row]) -> list[Cell]:
+    """The rows by cell."""
+    found = []
+    for key, group in itertools.groupby(rows, lambda r: (r.M, r.N, r.K, r.block, r.density)):
+        group = list(group)
+        best = min(group, key=lambda r: r.ratio)
+        tuned = next(r for r in group if r.tuned)
+        reasoned = next(r for r in group if r.analytic)
+        found.append(
+            Cell(
+                *key, best.candidate, best.ms_p50, tuned.candidate, tuned.ratio,
+                reasoned.candidate, reasoned.ratio,
+            )
+        )  # fmt: skip
+    return found
+
+
+HEADERS = ["N, K", "block", "density", "M", "fastest", "ms", "tuned", "", "reasoned", ""]
+
+
+def lines(found: Iterable[Cell]) -> list[list[str]]:
+    """The cells as a table's rows."""
+    return [
+        [
+            f"{c.N}, {c.K}", f"{c.block}x{c.block}", f"{c.density:.2f}", str(c.M), c.fastest,
+            f"{c.fastest_ms:.3f}", c.tuned, f"{c.tuned_ratio:.2f}", c.analytic,
+            f"{c.analytic_ratio:.2f}",
+        ]
+        for c in found
+    ]  # fmt: skip
+
+
+def in_words(found: Iterable[Cell]) -> str:
+    """How near to the fastest both choices are."""
+    found = list(found)
+    tuned = [c.tuned_ratio for c in found]
+    reasoned = [c.analytic_ratio for c in found]
+    return (
+        f"Of {len(found)} cells the tuned choice is within {TUNED_WITHIN - 1:.0%} of the fastest "
+        f"in {sum(r <= TUNED_WITHIN for r in tuned)} (at most {max(tuned):.2f} of its time), the "
+        f"reasoned one within {REASONED_WITHIN - 1:.0%} in "
+        f"{sum(r <= REASONED_WITHIN for r in reasoned)} (at most {max(reasoned):.2f}); the tuned "
+        f"one takes longer than the reasoned one in "
+        f"{sum(t > TUNED_WITHIN * r for t, r in zip(tuned, reasoned, strict=True))}."
+    )
+
+
+def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add ``tuning`` to the command line."""
+    command = commands.add_parser("tuning", help="the tuner's choices beside an exhaustive search")
+    timed.add_arguments(command, "tuning", 3.0, "for the tuner, in each cell")
+    command.add_argument("--rounds", type=int, default=61, help="of all candidates, in turns")
+    command.set_defaults(run=_run)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    timed.prepare(arguments)
+    found = cells(write(arguments.out, _measured(arguments)))
+    print(format_table(HEADERS, lines(found), align="lrrrlrlrlr"))
+    print(in_words(found))
+    return 0
+
+
+def _measured(arguments: argparse.Namespace) -> Iterator[Row]:
+    for (n, k, block, share), m in itertools.product(WEIGHTS, ROWS):
+        yield from measure(n, k, block, share, m, arguments.seconds, arguments.rounds)
