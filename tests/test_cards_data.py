@@ -3,7 +3,7 @@
 import dataclasses
 
 import pytest
-from sgtriton_kernels.cards import CARD_NAMES, card
+from sgtriton_kernels.cards import CARD_NAMES, card, card_of
 
 from sgtriton.cross_compile import CARDS
 
@@ -59,3 +59,48 @@ def test_cards_are_those_that_kernels_are_compiled_for():
 def test_an_unknown_card_is_refused():
     with pytest.raises(ValueError, match="no card is named 'H300', only A100 SXM 80GB, "):
         card("H300")
+
+
+@pytest.mark.parametrize(
+    ("device_name", "arch", "expected"),
+    [
+        ("NVIDIA A100-SXM4-80GB", "sm_80", "A100 SXM 80GB"),
+        ("NVIDIA A100-SXM4-40GB", "sm_80", None),
+        ("NVIDIA A100 80GB PCIe", "sm_80", None),
+        ("NVIDIA A100-SXM4-80GB MIG 1g.10gb", "sm_80", None),
+        ("NVIDIA A10", "sm_86", "A10"),
+        ("NVIDIA A10G", "sm_86", None),
+        ("NVIDIA L40S", "sm_89", "L40S"),
+        ("NVIDIA L40", "sm_89", None),
+        ("NVIDIA GeForce RTX 4090", "sm_89", "RTX 4090"),
+        ("NVIDIA GeForce RTX 4090 D", "sm_89", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", "sm_89", None),
+        ("NVIDIA H100 80GB HBM3", "sm_90", "H100 SXM"),
+        ("NVIDIA H100 PCIe", "sm_90", None),
+        ("NVIDIA H100 NVL", "sm_90", None),
+        ("NVIDIA H200", "sm_90", "H200"),
+        ("NVIDIA H200 NVL", "sm_90", None),
+        ("NVIDIA GH200 480GB", "sm_90", None),
+        ("NVIDIA B200", "sm_100", "B200"),
+        ("NVIDIA GB200", "sm_100", None),
+        ("NVIDIA GeForce RTX 5090", "sm_120", "RTX 5090"),
+        ("NVIDIA GeForce RTX 5090 Laptop GPU", "sm_120", None),
+        ("AMD Instinct MI300X", "gfx942", "MI300X"),
+        ("AMD Instinct MI300X OAM", "gfx942", "MI300X"),
+        ("AMD Instinct MI300A", "gfx942", None),
+        ("AMD Instinct MI308X", "gfx942", None),
+        ("AMD Radeon RX 7900 XTX", "gfx1100", "RX 7900 XTX"),
+        ("AMD Radeon RX 7900 XT", "gfx1100", None),
+        ("AMD Radeon Graphics", "gfx1100", None),
+        ("NVIDIA H200", "sm_80", None),  # a name alone is not enough
+        ("", "sm_90", None),
+    ],
+)
+def test_a_device_is_known_by_its_whole_name(device_name, arch, expected):
+    assert card_of(device_name, arch) == expected
+
+
+def test_no_two_cards_have_a_name_in_common():
+    names = [name for found in CARDS_BY_NAME.values() for name in found.device_names]
+    assert len(set(names)) == len(names)
+    assert all(found.device_names for found in CARDS_BY_NAME.values())

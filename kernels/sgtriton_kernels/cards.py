@@ -28,6 +28,8 @@ class Card:
         tflops_fp32: peak without matrix units.
         source: the documents.
         note: what they lack, and where a figure is from if not from them.
+        device_names: what the driver calls it. Other forms of a card (PCIe, mobile, another memory)
+            have other figures and other names.
     """
 
     name: str
@@ -46,10 +48,11 @@ class Card:
     tflops_fp32: float | None
     source: str
     note: str
+    device_names: tuple[str, ...] = ()
 
 
 _CARDS = {
-    name: Card(name, **figures)
+    name: Card(name, **figures | {"device_names": tuple(figures["device_names"])})
     for name, figures in json.loads(
         Path(__file__).with_name("cards.json").read_text(encoding="utf-8")
     ).items()
@@ -69,4 +72,13 @@ def card(name: str) -> Card:
 
 
 def card_of(device_name: str, arch: str) -> str | None:
+    """Which of :data:`CARD_NAMES` a device is; ``None`` if it is none of them.
+
+    Args:
+        device_name: as its driver reports it.
+        arch: ``"sm_80"``, ``"gfx942"``, ...
+    """
+    for name, known in _CARDS.items():
+        if known.arch == arch and device_name.strip() in known.device_names:
+            return name
     return None
