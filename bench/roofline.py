@@ -6,17 +6,18 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from sgtriton_kernels.candidates import BSR_LINEAR_CANDIDATES
 from sgtriton_kernels.cards import CARD_NAMES, card
+from sgtriton_kernels.cell import Cell
 
+from sgtriton.card_rates import fill_bandwidth, tile_reach
 from sgtriton.roofline import (
-    START,
+    at_sparsity,
     break_even,
-    fill_bandwidth,
-    ideal_seconds,
+    dense_seconds,
     ideal_speedup,
     predict,
-    tile_reach,
 )
 
 from . import timed
@@ -70,19 +71,20 @@ def predict_rows(
         bandwidth, origin = fill_bandwidth(on)
         for N, K in shapes:
             for M in ms:
-                dense = ideal_seconds(on, M, N, K)
                 for block in blocks:
-                    even = break_even(on, M, N, K, block)
+                    sizes = M, N, K, (block, block), 0, torch.bfloat16
+                    cell = Cell("bsr_linear fwd", "triton", *sizes)
+                    dense, even = dense_seconds(on, cell), break_even(on, cell)
                     for sparsity in sparsities:
-                        found = predict(on, M, N, K, block, sparsity)
+                        found = predict(on, at_sparsity(cell, sparsity))
                         rows.append(
                             Row(
                                 card=name, dtype="bfloat16", M=M, N=N, K=K, block=block,
                                 sparsity=sparsity,
-                                ideal=round(ideal_speedup(on, M, N, K, block, sparsity), 2),
-                                predicted=round((dense + START) / found.seconds, 2),
+                                ideal=round(ideal_speedup(on, cell, sparsity), 2),
+                                predicted=round(dense / found.seconds, 2),
                                 bound=found.bound, break_even=even,
-                                dense_us=round((dense + START) * 1e6, 1),
+                                dense_us=round(dense * 1e6, 1),
                                 sparse_us=round(found.seconds * 1e6, 1),
                                 fill=round(bandwidth / 1e12, 1), fill_from=origin,
                                 tile=found.tile.name, status=PREDICTED,
