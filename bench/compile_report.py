@@ -18,7 +18,8 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from sgtriton.cross_compile import SHARED_LIMITS, TARGETS, Compiled, compile_for, why_not
+from sgtriton.compilers import compile_launch
+from sgtriton.cross_compile import COPY_ENGINES, SHARED_LIMITS, TARGETS, Compiled, why_not
 from sgtriton.tables import format_table
 
 from .variants import Product, Variant, variants
@@ -30,7 +31,6 @@ INSTRUCTIONS = {
     "sm_100": ("tcgen05.mma", "mma.sync"), "sm_120": ("mma.sync", "mma.sync"),
     "gfx942": ("v_mfma", "v_mfma"), "gfx1100": ("v_wmma", "v_wmma"),
 }  # fmt: skip
-COPY_ENGINES = ("sm_90", "sm_100", "sm_120")
 LEFT_DIRECT = {"sm_90": "registers", "sm_100": "tensor memory"}
 
 
@@ -144,11 +144,7 @@ def _measured(work: Sequence[tuple[Variant, str]], jobs: int) -> Iterator[Row]:
 
 def _measure(item: tuple[Variant, str]) -> Row:
     variant, target = item
-    launch = variant.launch
-    code = compile_for(
-        TARGETS[target], launch.function(), launch.signature, launch.constexprs,
-        launch.num_warps, launch.num_stages, launch.max_registers,
-    )  # fmt: skip
+    code = compile_launch(target, variant.launch)
     return Row(
         op=variant.op,
         variant=variant.name,

@@ -18,6 +18,7 @@ CARDS = [
 TARGETS: dict[str, tuple[str, Any, int]] = {
     f"sm_{card[1]}" if card[0] == "cuda" else str(card[1]): card for card in CARDS
 }
+COPY_ENGINES = ("sm_90", "sm_100", "sm_120")  # which bring tiles in by themselves
 # bytes of shared memory that a program can have
 SHARED_LIMITS = {
     "sm_80": 163 * 1024, "sm_86": 99 * 1024, "sm_89": 99 * 1024, "sm_90": 227 * 1024,

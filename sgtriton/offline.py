@@ -1,0 +1,173 @@
+"""Candidates for a card that is absent: what its compiler refuses, and what is predicted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from sgtriton_kernels.candidates import Candidate
+from sgtriton_kernels.cards import card
+from sgtriton_kernels.cell import Cell
+from sgtriton_kernels.tiles import BsrTile
+
+from .compilers import Built, Compilers
+from .cross_compile import COPY_ENGINES, SHARED_LIMITS, why_not
+from .launches import Launch, bsr_linear_launches
+from .roofline import predict, unpack_seconds
+
+# instructions that read both operands from shared memory, each step's from a buffer of its own; for
+# others the step that is multiplied lies in registers
+_FROM_BUFFERS = ("wgmma", "tcgen05.mma")
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """A candidate and what is said of it: how long it should take, or why it is dropped.
+
+    Args:
+        candidate: the one that was given.
+        seconds: predicted, not measured; ``None`` of one that is dropped.
+        bound: one of ``roofline.BOUNDS``, or ``"library"``; likewise.
+        dropped: in words; ``None`` of one that is kept.
+    """
+
+    candidate: Candidate
+    seconds: float | None = None
+    bound: str | None = None
+    dropped: str | None = None
+
+
+def rank(
+    card_name: str,
+    cell: Cell,
+    candidates: Sequence[Candidate],
+    compilers: Compilers | None = None,
+    deadline: float | None = None,
+    on_built: Callable[[int, int], object] | None = None,
+) -> list[Ranked]:
+    """Compile candidates for a card and order them by how long they should take there.
+
+    Args:
+        card_name: one of ``CARD_NAMES``.
+        cell: what is to be computed, by Triton's kernels.
+        candidates: of the cell's pass; those without a tile are not compiled.
+        compilers: processes to compile in; of this call's own if ``None``.
+        deadline: by ``time.monotonic``; what is not compiled by then is dropped.
+        on_built: called with how many launches are compiled, and of how many.
+
+    Returns:
+        All of them: the fastest first, as given where the prediction sees no difference, and those
+        that are dropped last.
+
+    Raises:
+        ValueError: an unknown card, a product or candidate of another implementation, or a Triton
+            that cannot compile for cards.
+    """
+    on = card(card_name)
+    if cell.impl != "triton" or cell.native:
+        raise ValueError(f"cell must be a product by Triton's kernels on a card, got {cell}")
+    if unknown := [c.name for c in candidates if c.tile is None and c.way != "unpack"]:
+        raise ValueError(f"candidates must have a tile or be 'unpack', got {', '.join(unknown)}")
+    limit = on.shared_program_kib * 1024
+    reasons = faults(on.arch, cell, candidates, limit, compilers, deadline, on_built)
+    kept, dropped = [], []
+    for candidate, reason in zip(candidates, reasons, strict=True):
+        if reason is None and candidate.tile is None:
+            kept.append(Ranked(candidate, unpack_seconds(on, cell), "library"))
+            continue
+        if reason is None and candidate.tile is not None:
+            try:
+                found = predict(on, cell, candidate.tile)
+                kept.append(Ranked(candidate, found.seconds, found.bound))
+                continue
+            except ValueError as error:
+                reason = str(error)
+        dropped.append(Ranked(candidate, dropped=reason))
+    return sorted(kept, key=lambda ranked: ranked.seconds or 0.0) + dropped
+
+
+def faults(
+    arch: str,
+    cell: Cell,
+    candidates: Sequence[Candidate],
+    shared_limit: int | None = None,
+    compilers: Compilers | None = None,
+    deadline: float | None = None,
+    on_built: Callable[[int, int], object] | None = None,
+) -> list[str | None]:
+    """Why candidates should not run on cards of an architecture, as the compiler has it.
+
+    They fail to compile, spill registers, need more shared memory than a program can have, or get a
+    shallower pipeline than they ask for.
+
+    Args:
+        arch: one of ``TARGETS``.
+        shared_limit: bytes of shared memory that a program can have; the architecture's if
+            ``None``.
+        cell, candidates, compilers, deadline, on_built: as for :func:`rank`.
+
+    Returns:
+        Of each the reason in words; ``None`` where there is none, or no kernel.
+    """
+    if reason := why_not():
+        raise ValueError(f"candidates cannot be compiled: {reason}")
+    if arch not in SHARED_LIMITS:
+        raise ValueError(f"arch must be one of {', '.join(SHARED_LIMITS)}; got {arch!r}")
+    limit = SHARED_LIMITS[arch] if shared_limit is None else shared_limit
+    launches: list[list[Launch]] = [
+        [] if c.tile is None else _launches(arch, cell, c.tile) for c in candidates
+    ]
+    work = [(arch, launch) for some in launches for launch in some]
+    if compilers is None:
+        with Compilers() as compilers:
+            built = iter(compilers.build(work, deadline, on_built))
+    else:
+        built = iter(compilers.build(work, deadline, on_built))
+    return [_fault(arch, cell, some, [next(built) for _ in some], limit) for some in launches]
+
+
+def _launches(arch: str, cell: Cell, tile: BsrTile) -> list[Launch]:
+    """What a candidate launches on a card of that architecture."""
+    if arch not in COPY_ENGINES:
+        tile = replace(tile, bulk=False)
+    launches = bsr_linear_launches(
+        cell.op.removeprefix("bsr_linear "), cell.dtype, cell.block, cell.M, cell.N, cell.K,
+        cell.nnz, tile, cell.aligned,
+    )  # fmt: skip
+    return [
+        replace(launch, constexprs=launch.constexprs | {"PRECISION": cell.precision})
+        if "PRECISION" in launch.constexprs
+        else launch
+        for launch in launches
+    ]
+
+
+def _fault(
+    arch: str, cell: Cell, launches: list[Launch], built: list[Built | str], limit: int
+) -> str | None:
+    for launch, found in zip(launches, built, strict=True):
+        if isinstance(found, str):
+            return found
+        if found.spills:
+            return f"{found.spills} {'bytes' if arch.startswith('sm_') else 'registers'} spilled"
+        if found.shared > limit:
+            return f"{found.shared} bytes of shared memory, a program can have {limit}"
+        if launch is launches[0] and (fault := _pipeline_fault(arch, cell, launch, found)):
+            return fault
+    return None
+
+
+def _pipeline_fault(arch: str, cell: Cell, launch: Launch, found: Built) -> str | None:
+    """Whether tiles get fewer buffers than stages; AMD's compiler may keep some in registers.
+
+    Rows that are not aligned are read by the element, which no copy does in the background.
+    """
+    wide = cell.aligned and cell.N % 16 == 0 and cell.K % 16 == 0
+    if not wide or not arch.startswith("sm_") or launch.num_stages in (None, 1):
+        return None
+    stages = launch.num_stages
+    expected = stages if found.instruction in _FROM_BUFFERS else stages - 1
+    fewest = min(found.buffers, default=0)
+    if fewest < expected:
+        return f"tiles get {fewest} buffers, {stages} stages take {expected}"
+    return None

@@ -1,0 +1,174 @@
+"""Ranking for a card that is absent."""
+
+import dataclasses
+
+import pytest
+import torch
+from sgtriton_kernels.candidates import UNPACK, Candidate, candidates
+from sgtriton_kernels.cards import card
+from sgtriton_kernels.cell import Cell
+from sgtriton_kernels.tiles import BsrTile
+
+from sgtriton import offline, roofline
+from sgtriton.compilers import NO_TIME, Built, Compilers
+from sgtriton.launches import Launch
+from sgtriton.offline import faults, rank
+
+CELL = Cell("bsr_linear fwd", "triton", 512, 1024, 1024, (128, 128), 16, torch.bfloat16)
+GOOD = BsrTile(128, 64, 32, 3, 4)
+
+
+def tiles(*found: BsrTile) -> list[Candidate]:
+    return [Candidate(tile.name, tile) for tile in found]
+
+
+@pytest.fixture(scope="module")
+def compilers():
+    with Compilers() as found:
+        yield found
+
+
+@pytest.mark.compiles
+def test_planted_candidates_are_dropped_with_their_reasons(compilers):
+    planted = {
+        "not_a_power_of_two": dataclasses.replace(GOOD, BLOCK_M=24),
+        "one_warp": BsrTile(128, 64, 32, 3, 1),
+        "deep": dataclasses.replace(GOOD, BLOCK_M=128, BLOCK_K=128, num_stages=4, num_warps=8),
+        "thin": BsrTile(16, 16, 16, 3, 8),  # two bytes a thread, which no copy in flight takes
+        "good": GOOD,
+    }
+    given = [Candidate(name, tile) for name, tile in planted.items()]
+    good, *dropped = rank("A10", CELL, given, compilers)
+    assert (good.candidate.name, good.dropped) == ("good", None)
+    assert good.seconds == roofline.predict(card("A10"), CELL, GOOD).seconds
+    reasons = {ranked.candidate.name: ranked.dropped for ranked in dropped}
+    assert list(reasons) == ["not_a_power_of_two", "one_warp", "deep", "thin"]
+    assert reasons["not_a_power_of_two"].startswith("it does not compile: ")
+    assert reasons["one_warp"].endswith(" bytes spilled")
+    assert reasons["deep"].endswith(f"a program can have {99 * 1024}")
+    assert reasons["thin"] == "tiles get 0 buffers, 3 stages take 2"
+    assert all(ranked.seconds is ranked.bound is None for ranked in dropped)
+
+
+@pytest.mark.compiles
+@pytest.mark.parametrize("op", ["fwd", "dx", "dvalues"])
+@pytest.mark.parametrize("name", ["H100 SXM", "RTX 4090", "MI300X"])
+def test_what_ships_is_ranked_by_the_model(op, name, compilers):
+    cell = dataclasses.replace(CELL, op=f"bsr_linear {op}", block=(64, 64), nnz=26)
+    given = candidates(cell, copy_engine=name == "H100 SXM")
+    found = rank(name, cell, given, compilers)
+    assert {ranked.candidate for ranked in found} == {*given}
+    kept = [ranked for ranked in found if ranked.dropped is None]
+    assert len(kept) >= 5
+    seconds = [ranked.seconds for ranked in kept]
+    assert seconds == sorted(seconds)
+    for ranked in kept:
+        if ranked.candidate == UNPACK:
+            assert ranked.seconds == roofline.unpack_seconds(card(name), cell)
+        else:
+            assert (
+                ranked.seconds == roofline.predict(card(name), cell, ranked.candidate.tile).seconds
+            )
+    assert (UNPACK in [ranked.candidate for ranked in kept]) == (op != "dvalues")
+    dropped = {ranked.candidate.name: ranked.dropped or "" for ranked in found[len(kept) :]}
+    for name, reason in dropped.items():
+        assert name.startswith("pairs")
+        assert "no prediction" in reason
+
+
+@pytest.mark.compiles
+def test_a_kernel_is_compiled_as_the_product_asks(monkeypatch):
+    seen = []
+
+    class Recorder:
+        def build(self, work, deadline, on_built):
+            seen.extend(work)
+            return [Built(64, 1024, 0, "mma.sync", (8, 8))] * len(work)
+
+    def launched(name, cell, tile):
+        seen.clear()
+        (ranked,) = rank(name, cell, tiles(tile), Recorder())
+        assert ranked.dropped is None
+        return seen
+
+    exact = dataclasses.replace(CELL, dtype=torch.float32)
+    for precision in ("ieee", "tf32"):
+        cell = dataclasses.replace(exact, precision=precision)
+        ((target, launch),) = launched("A100 SXM 80GB", cell, GOOD)
+        assert (target, launch.constexprs["PRECISION"]) == ("sm_80", precision)
+    bulk = dataclasses.replace(GOOD, bulk=True)
+    reads = {
+        name: launched(name, CELL, bulk)[0][1].constexprs["READ"]
+        for name in ("A100 SXM 80GB", "H100 SXM", "RTX 5090", "MI300X")
+    }
+    assert reads == {
+        "A100 SXM 80GB": "rows", "H100 SXM": "bulk", "RTX 5090": "bulk", "MI300X": "rows",
+    }  # fmt: skip
+    uneven = dataclasses.replace(CELL, aligned=False)
+    assert launched("L40S", uneven, GOOD)[0][1].constexprs["READ"] == "any"
+    # the kernel that adds up sums is a launch of the candidate too
+    assert len(launched("L40S", CELL, dataclasses.replace(GOOD, split=2))) == 2
+
+
+LAUNCH = Launch("module", "kernel", {}, {}, num_warps=4, num_stages=4)
+
+
+@pytest.mark.parametrize(
+    ("arch", "change", "expected"),
+    [
+        ("sm_80", {}, None),
+        ("sm_80", {"buffers": (3, 2)}, "tiles get 2 buffers, 4 stages take 3"),
+        ("sm_90", {}, None),
+        ("sm_90", {"instruction": "wgmma"}, "tiles get 3 buffers, 4 stages take 4"),
+        ("sm_90", {"instruction": "wgmma", "buffers": (4, 4)}, None),
+        ("sm_100", {"instruction": "tcgen05.mma"}, "tiles get 3 buffers, 4 stages take 4"),
+        ("sm_80", {"instruction": None, "buffers": ()}, "tiles get 0 buffers, 4 stages take 3"),
+        ("gfx942", {"buffers": ()}, None),
+        ("gfx942", {"spills": 3}, "3 registers spilled"),
+        ("sm_80", {"spills": 8, "shared": 5000}, "8 bytes spilled"),
+        ("sm_80", {"shared": 5000}, "5000 bytes of shared memory, a program can have 4096"),
+    ],
+)
+def test_faults_of_what_was_compiled(arch, change, expected):
+    built = dataclasses.replace(Built(64, 1024, 0, "mma.sync", (3, 3)), **change)
+    assert offline._fault(arch, CELL, [LAUNCH], [built], 4096) == expected
+
+
+def test_rows_that_are_not_aligned_need_no_pipeline():
+    built = Built(64, 1024, 0, "mma.sync", ())
+    for change in ({"aligned": False}, {"N": 1023}, {"K": 1000}):
+        cell = dataclasses.replace(CELL, **change)
+        assert offline._fault("sm_80", cell, [LAUNCH], [built], 4096) is None
+    one_stage = dataclasses.replace(LAUNCH, num_stages=1)
+    assert offline._fault("sm_80", CELL, [one_stage], [built], 4096) is None
+
+
+def test_the_second_kernel_of_a_candidate_counts_but_has_no_pipeline():
+    good, bad = Built(64, 1024, 0, "mma.sync", (3, 3)), Built(64, 0, 8, None, ())
+    fine = dataclasses.replace(bad, spills=0)
+    assert offline._fault("sm_80", CELL, [LAUNCH, LAUNCH], [good, bad], 4096) == "8 bytes spilled"
+    other = dataclasses.replace(LAUNCH, kernel="sums")
+    assert offline._fault("sm_80", CELL, [LAUNCH, other], [good, fine], 4096) is None
+
+
+@pytest.mark.compiles
+def test_what_there_is_no_time_for_is_dropped_and_the_library_is_left():
+    given = [*tiles(dataclasses.replace(GOOD, num_stages=2)), UNPACK]
+    library, late = rank("B200", CELL, given, deadline=0.0)
+    assert (library.candidate, library.bound) == (UNPACK, "library")
+    assert late.dropped == NO_TIME
+
+
+def test_what_cannot_be_ranked_is_refused(monkeypatch):
+    with pytest.raises(ValueError, match="no card is named 'H300'"):
+        rank("H300", CELL, [])
+    with pytest.raises(ValueError, match="cell must be a product by Triton's kernels"):
+        rank("H200", dataclasses.replace(CELL, impl="torch"), [])
+    with pytest.raises(ValueError, match="must have a tile or be 'unpack', got loop"):
+        rank("H200", CELL, [Candidate("loop", way="loop")])
+    monkeypatch.setattr(offline, "why_not", lambda: "no compiler")
+    with pytest.raises(ValueError, match="candidates cannot be compiled: no compiler"):
+        rank("H200", CELL, tiles(GOOD))
+    monkeypatch.setattr(offline, "why_not", lambda: None)
+    with pytest.raises(ValueError, match="arch must be one of sm_80, sm_86"):
+        faults("sm_70", CELL, tiles(GOOD))
