@@ -9,31 +9,25 @@ from __future__ import annotations
 
 import itertools
 import logging
-import math
 import os
-import reprlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from sgtriton_kernels import gate_layout
-from sgtriton_kernels.kinds import GATE_KINDS
 from torch import nn
 
 from .container import read_file, write_file
+from .file_layers import LONGEST_REASON, check_entry, take_stored
 from .layers import GatedModule
 from .patching import Model, leave_fast_paths
 from .planning import Plan, plan_forms
 from .serving import stored_part
 from .sparse_layers import (
-    BUCKETS,
-    FORMS,
     NO_GATES,
     SparseModule,
     dense_type_of,
     densify_layer,
-    possible_forms,
     sparsify_layer,
     stored_like,
     weight_shape_of,
@@ -42,9 +36,6 @@ from .state import check_states_of
 from .stored import StoredWeight, served_block
 
 log = logging.getLogger(__name__)
-
-_LONGEST = 500  # characters of a reason
-_MOST_SPEEDUP = 1e6
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -199,7 +190,7 @@ def _describe(layer: nn.Module) -> dict[str, Any]:
 
 def _printable(reason: str) -> str:
     """A reason as files hold it: what a terminal would obey, or is too long, is left out."""
-    return "".join(filter(str.isprintable, reason))[:_LONGEST]
+    return "".join(filter(str.isprintable, reason))[:LONGEST_REASON]
 
 
 def _other_state(model: nn.Module, layers: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
@@ -226,7 +217,7 @@ def _check_layers(
     forms: dict[str, dict[str, str] | None] = {}
     for name, entry in description["layers"].items():
         shown = name or "the model"
-        _check_entry(shown, entry)
+        check_entry(shown, entry)
         if name not in modules:
             raise ValueError(
                 f"{shown}: the model has no such layer; is the file for another model?"
@@ -253,73 +244,9 @@ def _check_layers(
                 f"{shown}: the file was written from gates of kind {entry['gate_kind']!r}, the "
                 f"model's are {layer.gate_kind!r}"
             )
-        try:
-            layout = gate_layout(shape, tuple(entry["gate_block"]), groups)
-            names = ("values", "bits") if layout.per_weight else ("values", "crow", "col")
-            held = {
-                key: tensors.pop(_join(name, key)) for key in names if _join(name, key) in tensors
-            }
-            stored[name] = StoredWeight.from_tensors(held, layout)
-            serve = served_block(layout, entry.get("serve_block"))
-        except ValueError as error:
-            raise ValueError(f"{shown}: {error}") from None
-        forms[name] = recorded = entry["forms"]
-        possible = possible_forms(dense_type, layout, serve)
-        if recorded and (wrong := set(recorded.values()) - set(possible)):
-            raise ValueError(
-                f"{shown}: the layer has the forms {possible}, the file says {sorted(wrong)[0]!r}"
-            )
+        stored[name] = take_stored(name, entry, tensors)
+        forms[name] = entry["forms"]
     return stored, forms
-
-
-def _check_entry(shown: str, entry: Any) -> None:
-    """Raise unless a layer's entry has the right fields; the file may come from anywhere."""
-
-    def is_size(value: Any) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-    def is_forms(value: Any) -> bool:
-        return value is None or (
-            isinstance(value, dict)
-            and set(value) == set(BUCKETS)
-            and all(form in FORMS for form in value.values())
-        )
-
-    def is_block(value: Any) -> bool:
-        return (
-            isinstance(value, list)
-            and len(value) == 2
-            and all(side is None or is_size(side) for side in value)
-        )
-
-    def is_speedups(value: Any) -> bool:
-        return isinstance(value, dict) and all(
-            bucket in BUCKETS
-            and isinstance(speedup, (int, float))
-            and not isinstance(speedup, bool)
-            and 0 < speedup <= _MOST_SPEEDUP
-            for bucket, speedup in value.items()
-        )
-
-    rules: dict[str, Any] = {
-        "type": lambda v: isinstance(v, str),
-        "shape": lambda v: isinstance(v, list) and 2 <= len(v) <= 5 and all(map(is_size, v)),
-        "groups": is_size,
-        "gate_block": is_block,
-        "gate_kind": lambda v: v in (*GATE_KINDS, NO_GATES),
-        "forms": is_forms,
-        "reason": lambda v: isinstance(v, str) and len(v) <= _LONGEST and v.isprintable(),
-        "dense_copy": lambda v: isinstance(v, bool),
-        "device": lambda v: isinstance(v, str),
-    }
-    optional = {"serve_block": is_block, "expected": is_speedups, "measured": is_speedups}
-    if not isinstance(entry, dict) or not set(rules) <= set(entry) <= {*rules, *optional}:
-        raise ValueError(f"{shown}: damaged: its description must have fields {sorted(rules)}")
-    for field, rule in (rules | optional).items():
-        if field in entry and not rule(entry[field]):
-            raise ValueError(f"{shown}: damaged: {field} cannot be {reprlib.repr(entry[field])}")
-    if math.prod(entry["shape"]) >= 2**48:
-        raise ValueError(f"{shown}: damaged: shape {entry['shape']} is too large")
 
 
 def _check_others(
