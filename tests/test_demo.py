@@ -11,9 +11,9 @@ from sgtriton.cli import main
 from sgtriton.demo import run as run_module
 from sgtriton.demo.data import Digits, load_digits
 from sgtriton.demo.models import make_model
-from sgtriton.demo.progress import Progress
 from sgtriton.demo.run import Settings, run
 from sgtriton.demo.training import accuracy, steps_for, train
+from sgtriton.progress import Progress
 
 KEYS = {
     *("dataset", "images", "dense_accuracy", "gated_accuracy", "served_accuracy"),

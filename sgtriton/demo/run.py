@@ -18,12 +18,12 @@ from sgtriton_kernels.kinds import GATE_KINDS
 from torch import nn
 
 import sgtriton
+from sgtriton.progress import Progress
 from sgtriton.timing import interleaved_ms
 
 from .data import Digits, load_digits
 from .models import MODELS, add_gates, make_model
 from .pictures import draw
-from .progress import Progress
 from .training import History, predict, steps_for, train
 
 __all__ = ["Layer", "Result", "Settings", "run"]

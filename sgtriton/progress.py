@@ -31,11 +31,18 @@ class Progress:
 
     def step(self, note: str = "") -> None:
         """Count one step; ``note`` stands behind the bar."""
-        self.done += 1
+        self.show(self.done + 1, note)
+
+    def show(self, done: int, note: str = "") -> None:
+        """Say that ``done`` steps are done; ``note`` stands behind the bar."""
+        more, self.done = done - self.done, done
         if self._bar is not None:
             if note:
                 self._bar.set_postfix_str(note, refresh=False)
-            self._bar.update()
+            if more:
+                self._bar.update(more)
+            else:  # another note only
+                self._bar.refresh()
             return
         percent = 100 * self.done // self.total
         mark = percent if self._terminal else percent // 25
@@ -48,6 +55,16 @@ class Progress:
         else:
             self._stream.write(f"{self.title} {percent:3d} %  {note}".rstrip() + "\n")
         self._stream.flush()
+
+    def write(self, text: str) -> None:
+        """Print a line above the bar, which stays whole."""
+        if self._bar is not None:
+            self._bar.write(text, file=self._stream)
+        elif self._stream is not None:
+            if self._terminal:  # over the bar, which is drawn again below the line
+                text, self._shown = f"\r\x1b[K{text}", -1
+            self._stream.write(f"{text}\n")
+            self._stream.flush()
 
     def __enter__(self) -> Progress:
         return self
