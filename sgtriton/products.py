@@ -1,0 +1,117 @@
+"""Which products there are to choose candidates for: those that a model's sparse layers compute."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from sgtriton_kernels import BlockSparse
+from sgtriton_kernels._impl import resolve_impl
+from sgtriton_kernels._triton import INTERPRETED
+from sgtriton_kernels.bsr_checks import why_no_kernel
+from sgtriton_kernels.bsr_choice import cell_of
+from sgtriton_kernels.cell import Cell
+from torch import nn
+
+from .sparse_layers import SparseModule
+
+
+@dataclass(frozen=True)
+class Product:
+    """A weight and how many rows it meets, of which choices are to be made.
+
+    Args:
+        name: for the table.
+        matrix: the weight.
+        rows: numbers of rows of x.
+        trains: whether gradients are computed as well.
+    """
+
+    name: str
+    matrix: BlockSparse
+    rows: tuple[int, ...]
+    trains: bool = False
+
+
+@torch.no_grad()
+def products_of(model: nn.Module, example_input: Any) -> list[Product]:
+    """The block-sparse linear layers of a model, and how many rows an input brings to each."""
+    rows: dict[str, list[int]] = {}
+    hooks = []
+    layers = {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, SparseModule)
+        and layer.dense_type is nn.Linear
+        and not layer.layout.per_weight
+    }
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            m = inputs[0].numel() // max(inputs[0].shape[-1], 1)
+            if m not in rows.setdefault(name, []):
+                rows[name].append(m)
+
+        return hook
+
+    modes = {module: module.training for module in model.modules()}
+    try:
+        for name, layer in layers.items():
+            hooks.append(layer.register_forward_pre_hook(note(name)))
+        model.eval()
+        if isinstance(example_input, dict):
+            model(**example_input)
+        else:
+            arguments = example_input if isinstance(example_input, tuple) else (example_input,)
+            model(*arguments)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, training in modes.items():
+            module.training = training
+    return [
+        Product(name, layers[name].matrix, tuple(found), layers[name].trainable)
+        for name, found in rows.items()
+    ]
+
+
+@dataclass(frozen=True)
+class Work:
+    """A pass to search for; inputs are made when its turn comes."""
+
+    name: str
+    cell: Cell
+    matrix: BlockSparse
+
+    @property
+    def label(self) -> str:
+        """What it is called while it is worked on."""
+        which = self.cell.op.split()[-1]
+        name = self.name or f"{self.cell.N}x{self.cell.K}"
+        return f"{name}, M {self.cell.M}" + (f", {which}" if which != "fwd" else "")
+
+    @property
+    def device(self) -> torch.device:
+        return self.matrix.values.device
+
+
+def work_of(products: Iterable[Product]) -> Iterator[Work]:
+    """The passes that products consist of.
+
+    Raises:
+        ValueError: kernels that the interpreter would run.
+    """
+    for product in products:
+        w = product.matrix
+        (n, k), like = w.shape, w.values
+        impl = resolve_impl(None, like.device, "tune", why_no_kernel(like.dtype, w.block))
+        if impl == "triton" and INTERPRETED:
+            raise ValueError("interpreted kernels are not tuned: their times say nothing")
+        passes = ("fwd", "dx", "dvalues") if product.trains and impl == "triton" else ("fwd",)
+        for m in product.rows:
+            x, dy = like.new_empty(m, k), like.new_empty(m, n)
+            for which in passes:
+                operands = {"fwd": (x,), "dx": (dy,), "dvalues": (dy, x)}[which]
+                yield Work(product.name, cell_of(which, w, impl, *operands), w)
