@@ -108,10 +108,14 @@ def tune_products(
         products: on one device.
         say: gets a line for each candidate that is skipped.
     """
-    check_may_search(seconds, distributed)
     begin = time.perf_counter()
     shared = distributed and in_group()
-    work = agreed(lambda: list(work_of(products))) if shared else list(work_of(products))
+
+    def collect() -> list[Work]:
+        check_may_search(seconds, distributed)
+        return list(work_of(products))
+
+    work = agreed(collect) if shared else collect()
     if shared and torch.distributed.get_rank() != 0:
         return _told_by_rank_0(work, begin)
     until = begin + (1 - _RESERVE) * seconds
