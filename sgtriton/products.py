@@ -71,10 +71,13 @@ def products_of(model: nn.Module, example_input: Any) -> list[Product]:
             hook.remove()
         for module, training in modes.items():
             module.training = training
-    return [
-        Product(name, layers[name].matrix, tuple(found), layers[name].trainable)
-        for name, found in rows.items()
-    ]
+    found = []
+    for name, met in rows.items():
+        layer = layers[name]
+        found.append(Product(name, layer.matrix, tuple(met), layer.trainable))
+        if "merged" in layer.forms.values():
+            found.append(Product(name, layer._matrix_of("merged"), tuple(met)))
+    return found
 
 
 @dataclass(frozen=True)

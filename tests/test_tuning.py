@@ -54,6 +54,15 @@ def test_products_are_those_that_the_model_meets(model):
         assert [p.rows for p in products_of(model, call)] == [(4,), (4, 3)]
 
 
+def test_merged_blocks_that_a_layer_computes_with_are_products_too():
+    layer = sgtriton.patch(nn.Sequential(nn.Linear(64, 96)), block=(4, 4))
+    with torch.no_grad():
+        layer[0].gate.copy_((torch.rand_like(layer[0].gate) < 0.1).float())
+    model = sgtriton.sparsify(layer.eval(), form="merged")
+    found = [(p.matrix.block, p.rows) for p in products_of(model, torch.randn(7, 64))]
+    assert found == [((4, 4), (7,)), ((16, 16), (7,))]
+
+
 def test_model_is_as_it_was(model):
     model.train()
     model.drop.eval()
