@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 
 import sgtriton
-from sgtriton.cli import parse_block
 from sgtriton.demo.data import Digits, load_digits
 from sgtriton.demo.models import add_gates, make_model
 from sgtriton.demo.training import accuracy, steps_for, train
+from sgtriton.options import parse_block
 
 from .rows import RESULTS, append, commit, read
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import sys
-from collections.abc import Callable
-from typing import NoReturn, TypeVar
+from typing import NoReturn
 
-__all__ = ["main", "parse_block"]
+from . import cli_tune
+from .options import number, parse_block
 
-_T = TypeVar("_T")
+__all__ = ["main"]
+
 _OK, _FAILED, _BAD_INPUT, _INTERRUPTED = 0, 1, 2, 130
 
 
@@ -61,29 +61,6 @@ def _was_interrupted(error: BaseException | None) -> bool:
     return False
 
 
-def parse_block(text: str) -> tuple[int | None, int | None]:
-    """Read a gate block such as ``4x4``, ``1x1``, ``1xfull``.
-
-    Args:
-        text: Two sides, outputs then inputs, with an ``x`` between; ``full`` is the whole
-            dimension.
-
-    Returns:
-        The sides; ``full`` is None.
-
-    Raises:
-        ValueError: Anything else, with what is allowed.
-    """
-    match = re.fullmatch(r"(\d+|full)x(\d+|full)", text.strip().lower(), re.ASCII)
-    sides = [None if side == "full" else int(side) for side in match.groups()] if match else [0]
-    if 0 in sides:
-        raise ValueError(
-            f"block must be two sides of 1 or more or 'full', such as 4x4, 1x1 or 1xfull, "
-            f"got {text!r}"
-        )
-    return sides[0], sides[1]
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="sgtriton",
@@ -92,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_demo(commands)
+    cli_tune.add_command(commands)
     return parser
 
 
@@ -146,9 +124,9 @@ def _add_demo(commands: argparse._SubParsersAction[_Parser]) -> None:
 
 def _demo(arguments: argparse.Namespace) -> int:
     block = parse_block(arguments.block)
-    target = _number("target", arguments.target, float)
-    epochs = None if arguments.epochs is None else _number("epochs", arguments.epochs, int)
-    seed = _number("seed", arguments.seed, int)
+    target = number("target", arguments.target, float)
+    epochs = None if arguments.epochs is None else number("epochs", arguments.epochs, int)
+    seed = number("seed", arguments.seed, int)
 
     from .demo.run import Settings, run
     from .demo.show import print_result
@@ -177,11 +155,3 @@ def _demo(arguments: argparse.Namespace) -> int:
         print("sgtriton: failed: served and gated predictions differ", file=sys.stderr)
         return _FAILED
     return _OK
-
-
-def _number(name: str, text: str, kind: Callable[[str], _T]) -> _T:
-    try:
-        return kind(text)
-    except ValueError:
-        allowed = "a whole number" if kind is int else "a number"
-        raise ValueError(f"{name} must be {allowed}, got {text!r}") from None

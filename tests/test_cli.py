@@ -7,7 +7,8 @@ import time
 
 import pytest
 
-from sgtriton.cli import main, parse_block
+from sgtriton.cli import main
+from sgtriton.options import parse_block
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,309 @@
+"""``sgtriton tune``: which products are meant, the search while it is shown, and what it found."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import sys
+import textwrap
+import time
+from typing import Any
+
+import torch
+from sgtriton_kernels import BlockSparse
+from sgtriton_kernels.records import cache_folder
+
+from .file_layers import stored_layers
+from .options import number, one_of, parse_block
+from .products import Product
+from .progress import Progress
+from .stored import served_block
+from .tune_report import TuneInterrupted
+from .tuning import check_may_search, choices_of, tune_products
+
+_OK, _INTERRUPTED = 0, 130
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_SECONDS, _BLOCK, _SPARSITY, _ROWS = "60", "32x32", "0.9", "1,16,128"
+_MOST = 1 << 31  # elements of a weight, and of what is multiplied with it
+_SEED = 0
+
+
+def add_command(commands: argparse._SubParsersAction[Any]) -> None:
+    """Add ``tune`` to the commands of ``sgtriton``."""
+    tune = commands.add_parser(
+        "tune",
+        help="measure how products are computed fastest on this device",
+        description="Check and time the ways to compute block-sparse linear products on this "
+        "device. What is found is kept in the user's cache and taken from the next call on; "
+        "a product that was tuned before is not timed again.",
+    )
+    what = tune.add_argument_group("what to tune (one of the two)")
+    what.add_argument(
+        "--shapes",
+        metavar="MxNxK[,...]",
+        help="rows of x, outputs and inputs of the weight, whose blocks are open at random",
+    )
+    what.add_argument("--checkpoint", metavar="FILE", help="the linear layers that a file stores")
+    shapes = tune.add_argument_group("of --shapes")
+    shapes.add_argument("--block", metavar="BNxBK", help=f"outputs x inputs; default: {_BLOCK}")
+    shapes.add_argument(
+        "--sparsity", help=f"share of the blocks that is closed, in [0, 1); default: {_SPARSITY}"
+    )
+    checkpoint = tune.add_argument_group("of --checkpoint")
+    checkpoint.add_argument("--rows", metavar="M[,...]", help=f"rows of x; default: {_ROWS}")
+    tune.add_argument(
+        "--dtype",
+        help=f"{', '.join(_DTYPES)}; default: float32, of a file its own",
+    )
+    tune.add_argument("--device", help="cpu or cuda; default: cuda where there is one")
+    tune.add_argument("--train", action="store_true", help="the products of gradients as well")
+    tune.add_argument(
+        "--seconds", default=_SECONDS, help=f"to spend, at the most; default: {_SECONDS}"
+    )
+    how = tune.add_mutually_exclusive_group()
+    how.add_argument("--again", action="store_true", help="also what was tuned before")
+    how.add_argument(
+        "--explain", action="store_true", help="time nothing; print what is taken now, and why"
+    )
+    tune.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command; an exit code as :func:`.cli.main` gives it."""
+    begin = time.perf_counter()
+    seconds = number("seconds", arguments.seconds, float)
+    check_may_search(seconds)
+    products = _products(arguments)
+    if arguments.explain:
+        _explain(products)
+        return _OK
+    left = seconds - (time.perf_counter() - begin)
+    return _search(products, max(left, 1e-3), arguments.again)
+
+
+def _products(arguments: argparse.Namespace) -> list[Product]:
+    """What the options name; everything about them is checked here."""
+    if (arguments.shapes is None) == (arguments.checkpoint is None):
+        came = "neither" if arguments.shapes is None else "both"
+        raise ValueError(f"one of --shapes and --checkpoint is needed, got {came}")
+    device = _device(arguments.device)
+    name = arguments.dtype
+    dtype = None if name is None else _DTYPES[one_of("dtype", name, _DTYPES)]
+    if arguments.shapes is not None:
+        _refuse(arguments, "shapes", {"rows": "the first size of each shape says them"})
+        return _random_products(
+            _shapes(arguments.shapes),
+            parse_block(_given(arguments.block, _BLOCK)),
+            _sparsity(_given(arguments.sparsity, _SPARSITY)),
+            dtype or torch.float32,
+            device,
+            arguments.train,
+        )
+    _refuse(arguments, "checkpoint", dict.fromkeys(("block", "sparsity"), "the file says them"))
+    rows = _rows(_given(arguments.rows, _ROWS))
+    return _stored_products(arguments.checkpoint, rows, dtype, device, arguments.train)
+
+
+def _given(text: str | None, default: str) -> str:
+    return default if text is None else text
+
+
+def _refuse(arguments: argparse.Namespace, given: str, others: dict[str, str]) -> None:
+    for name, reason in others.items():
+        if (value := getattr(arguments, name)) is not None:
+            raise ValueError(f"{name} does not go with --{given}: {reason}; got {value!r}")
+
+
+def _device(text: str | None) -> torch.device:
+    if text is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(one_of("device", text, ("cpu", "cuda")))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device must be cpu, since PyTorch sees no card here; got 'cuda'")
+    return device
+
+
+def _sparsity(text: str) -> float:
+    sparsity = number("sparsity", text, float)
+    if not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity must be in [0, 1), got {sparsity}")
+    return sparsity
+
+
+def _shapes(text: str) -> list[tuple[int, int, int]]:
+    shapes = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d{1,18})x(\d{1,18})x(\d{1,18})", part.strip().lower(), re.ASCII)
+        m, n, k = map(int, match.groups()) if match else (0, 0, 0)
+        if not m * n * k:
+            raise ValueError(
+                "shapes must be MxNxK, sizes of 1 or more, with commas between several, such as "
+                f"16x1024x4096; got {part!r}"
+            )
+        _check_memory("shapes", m, n, k, part)
+        shapes.append((m, n, k))
+    return shapes
+
+
+def _rows(text: str) -> tuple[int, ...]:
+    found = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\d{1,18}", part.strip(), re.ASCII)
+        if not match or not int(part):
+            raise ValueError(
+                "rows must be whole numbers of 1 or more with commas between them, such as "
+                f"{_ROWS}; got {part!r}"
+            )
+        found.append(int(part))
+    return tuple(dict.fromkeys(found))
+
+
+def _check_memory(name: str, m: int, n: int, k: int, given: object) -> None:
+    if max(n * k, m * n, m * k) > _MOST:
+        raise ValueError(
+            f"{name} must be of matrices of up to {_MOST} elements each; got {given}, where M x N, "
+            f"M x K and N x K are {m * n}, {m * k} and {n * k}"
+        )
+
+
+def _random_products(
+    shapes: list[tuple[int, int, int]],
+    sides: tuple[int | None, int | None],
+    sparsity: float,
+    dtype: torch.dtype,
+    device: torch.device,
+    trains: bool,
+) -> list[Product]:
+    """Weights whose blocks are open at random, the same in each run."""
+    rows: dict[tuple[int, int], list[int]] = {}
+    for m, n, k in shapes:
+        bn, bk = sides[0] or n, sides[1] or k
+        if bn > n or bk > k:
+            raise ValueError(f"block must fit into the weight {n}x{k}, got {bn}x{bk}")
+        rows.setdefault((n, k), []).append(m)
+    products = []
+    for (n, k), several in rows.items():
+        block = sides[0] or n, sides[1] or k
+        matrix = _random_matrix(n, k, block, sparsity, dtype, device)
+        products.append(Product("", matrix, tuple(dict.fromkeys(several)), trains))
+    return products
+
+
+def _random_matrix(
+    n: int,
+    k: int,
+    block: tuple[int, int],
+    sparsity: float,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> BlockSparse:
+    grid = -(-n // block[0]), -(-k // block[1])
+    blocks = grid[0] * grid[1]
+    count = max(1, round((1 - sparsity) * blocks))
+    is_open = torch.zeros(blocks, dtype=torch.bool)
+    is_open[torch.randperm(blocks, generator=torch.Generator().manual_seed(_SEED))[:count]] = True
+    random = torch.Generator(device).manual_seed(_SEED)
+    weight = torch.randn(n, k, generator=random, device=device).to(dtype)
+    return BlockSparse.from_dense(weight, block, is_open.view(grid))
+
+
+def _stored_products(
+    path: str,
+    rows: tuple[int, ...],
+    dtype: torch.dtype | None,
+    device: torch.device,
+    trains: bool,
+) -> list[Product]:
+    """The linear layers that a file stores in blocks; says which others it leaves out."""
+    products: list[Product] = []
+    others: dict[str, list[str]] = {}
+    for name, part in stored_layers(path).items():
+        # the file may come from anywhere, and a name goes to a terminal
+        name = "".join(filter(str.isprintable, name)) or "the model"
+        shape = part.layout.weight_shape
+        if len(shape) != 2:
+            others.setdefault("convolutions", []).append(name)
+        elif part.matrix is None:
+            others.setdefault("a gate for each weight", []).append(name)
+        elif part.matrix.nnz == 0:
+            others.setdefault("no open block", []).append(name)
+        else:
+            _check_memory("rows", max(rows), shape[0], shape[1], f"{max(rows)} of {name}")
+            products.append(Product(name, part.matrix.to(device, dtype), rows, trains))
+            if (wide := served_block(part.layout)) is not None:
+                merged = part.merged(wide).matrix
+                assert merged is not None
+                products.append(Product(name, merged.to(device, dtype), rows))
+    left_out = "; ".join(f"{', '.join(names)} ({why})" for why, names in others.items())
+    if not products:
+        found = f"it stores {left_out}" if left_out else "it stores no sparse layer"
+        raise ValueError(f"checkpoint {path}: no linear layer in blocks to tune; {found}")
+    if left_out:
+        _print(f"left out: {left_out}")
+    return products
+
+
+class _Shown:
+    """Shows how far a search has come, and what it says; a context manager."""
+
+    def __init__(self) -> None:
+        self._bar: Progress | None = None
+
+    def progress(self, done: int, count: int, label: str) -> None:
+        if self._bar is None:
+            self._bar = Progress("tune", count)
+        self._bar.show(done, label or "done")
+
+    def say(self, text: str) -> None:
+        assert self._bar is not None, "a search first says how much there is"
+        self._bar.write(text)
+
+    def __enter__(self) -> _Shown:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._bar is not None:
+            self._bar.__exit__(*exc)
+
+
+def _search(products: list[Product], seconds: float, again: bool) -> int:
+    code = _OK
+    with _Shown() as shown:
+        try:
+            report = tune_products(
+                products, seconds, again=again, progress=shown.progress, say=shown.say
+            )
+        except TuneInterrupted as stop:
+            report, code = stop.report, _INTERRUPTED
+    if code == _INTERRUPTED:
+        print("sgtriton: interrupted", file=sys.stderr)
+    print(report.text(_width()))
+    passes = {row.cell.op for row in report.rows}
+    if any(product.trains for product in products) and passes == {"bsr_linear fwd"}:
+        _print("gradients are computed in one way on this device: nothing to choose")
+    if folder := cache_folder():
+        print(f"records: {folder}")
+    if report.timed:
+        _print("calls take these from now on; sgtriton.sparsify chooses layers' forms anew by them")
+    return code
+
+
+def _explain(products: list[Product]) -> None:
+    for row in choices_of(products):
+        cell, choice = row.cell, row.choice
+        parts = [row.name] if row.name else []
+        parts += [cell.op, f"M {cell.M}", f"weight {cell.N}x{cell.K}"]
+        parts += [f"blocks {cell.block[0]}x{cell.block[1]}", f"density {cell.density:.3f}"]
+        _print(", ".join(parts))
+        text = f"takes {choice.candidate.name} ({choice.source}): {choice.reasons}"
+        _print(text, "  ")
+
+
+def _print(text: str, indent: str = "") -> None:
+    """Print a sentence within the terminal's width."""
+    print(textwrap.fill(text, _width(), initial_indent=indent, subsequent_indent=f"{indent}  "))
+
+
+def _width() -> int:
+    return shutil.get_terminal_size((100, 24)).columns
