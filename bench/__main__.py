@@ -10,6 +10,7 @@ from . import (
     bandwidth,
     compile_report,
     conv,
+    correctness,
     models,
     native,
     overhead,
@@ -27,6 +28,7 @@ def main() -> int:
     accuracy.add_command(commands)
     bandwidth.add_command(commands)
     conv.add_command(commands)
+    correctness.add_command(commands)
     models.add_command(commands)
     native.add_command(commands)
     overhead.add_command(commands)
