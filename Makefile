@@ -9,7 +9,7 @@ PIP_INSTALL = -m pip install --quiet --disable-pip-version-check
 PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
 PYTEST_NATIVE = TRITON_INTERPRET=0 OMP_NUM_THREADS=1 $(VENV_NATIVE)/bin/python -m pytest
 
-.PHONY: demo test test-native bench-train bench-serve check format clean
+.PHONY: demo test test-slow test-native bench-train bench-serve check format clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/python -m sgtriton demo --out $(OUT)
@@ -18,6 +18,10 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test
 	TRITON_INTERPRET=1 $(PYTEST) -n 2 --dist worksteal
 	TRITON_INTERPRET=0 $(PYTEST) -n 2 --dist worksteal -m compiles
+
+# what takes minutes
+test-slow: $(VENV)/.test
+	TRITON_INTERPRET=1 $(PYTEST) --slow -m slow
 
 # the kernels' tests again, compiled to native code by Triton's CPU compiler
 test-native: $(VENV_NATIVE)/.test

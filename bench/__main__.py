@@ -8,6 +8,7 @@ import sys
 from . import (
     accuracy,
     bandwidth,
+    card,
     compile_report,
     conv,
     correctness,
@@ -27,6 +28,7 @@ def main() -> int:
     commands = parser.add_subparsers(required=True, metavar="NAME")
     accuracy.add_command(commands)
     bandwidth.add_command(commands)
+    card.add_command(commands)
     conv.add_command(commands)
     correctness.add_command(commands)
     models.add_command(commands)

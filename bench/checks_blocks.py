@@ -70,6 +70,16 @@ def sparse(
     return BlockSparse.from_dense(weight, block, pattern.to(device))
 
 
+def random_blocks(
+    n: int, k: int, block: Pair, density: float, dtype: torch.dtype, device: torch.device
+) -> BlockSparse:
+    """A weight with a share of its blocks, at random places."""
+    pattern = torch.rand(-(-n // block[0]), -(-k // block[1])) < density
+    return BlockSparse.from_dense(
+        torch.randn(n, k, dtype=dtype, device=device), block, pattern.to(device)
+    )
+
+
 def with_values(w: BlockSparse, stored: torch.Tensor) -> BlockSparse:
     """The same pattern with other values."""
     return BlockSparse._from_index(stored, w.index_tensors, w.shape)

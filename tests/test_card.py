@@ -1,0 +1,220 @@
+"""``python -m bench card``: parts in their time, and nothing lost however it ends."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import card, card_parts, correctness
+from bench.__main__ import main
+from bench.card_parts import Part, Progress
+
+CPU = torch.device("cpu")
+ROOT = Path(__file__).parent.parent
+# what the command must do without
+EXTRAS = (
+    "pandas", "matplotlib", "rich", "tqdm", "scipy", "onnx", "onnxruntime", "torchao", "mlxtend",
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SGTRITON_CACHE_DIR", str(tmp_path / "cache"))
+
+
+def part(name, *steps, share=1.0):
+    """A part that yields numbers as progress, calls functions, and writes a line for each."""
+
+    def run(deadline, folder, device):
+        for step in steps:
+            if callable(step):
+                step = step(deadline, folder) or 0
+            with open(folder / f"{name}.csv", "a", encoding="utf-8") as file:
+                file.write(f"{step}\n")
+            yield Progress(step, 3)
+
+    return Part(name, share, run)
+
+
+def run(parts, folder, minutes=1.0):
+    said = []
+    lines, status = card.run(parts, minutes, folder, CPU, said.append)
+    with open(folder / card.SUMMARY, newline="", encoding="utf-8") as file:
+        written = [(row["part"], row["state"], int(row["done"])) for row in csv.DictReader(file)]
+    assert written == [(line.part, line.state, line.done) for line in lines]
+    return lines, status, said
+
+
+def test_parts_run_in_order_and_the_summary_is_last(tmp_path):
+    lines, status, said = run([part("a", 1, 2, 3), part("b", 2)], tmp_path / "out")
+    assert [(line.part, line.state, line.done, line.of) for line in lines] == [
+        ("a", "done", 3, 3), ("b", "time was up", 2, 3)]  # fmt: skip
+    assert status == 0
+    assert said[0].startswith("a: ")
+    assert said[-1].endswith("time was up")
+    text = card.table(lines, tmp_path / "out")
+    assert "a.csv 6 B, b.csv 2 B, summary.csv" in text.splitlines()[-1]
+    assert f"PyTorch {torch.__version__}" in text
+
+
+def test_what_a_part_leaves_goes_to_those_after_it(tmp_path):
+    deadlines = []
+
+    def note(deadline, folder):
+        deadlines.append(deadline - time.monotonic())
+
+    run([part("a", note), part("b", note, share=3), part("c", note)], tmp_path / "out", 1.0)
+    assert deadlines == pytest.approx([12, 45, 60], abs=3)
+
+
+def test_a_part_that_raises_stops_no_other(tmp_path):
+    def fail(deadline, folder):
+        raise RuntimeError("no such kernel\nat all")
+
+    lines, status, _ = run([part("a", 1, fail, 2), part("b", 3)], tmp_path / "out")
+    assert [(line.state, line.done) for line in lines] == [("failed", 1), ("done", 3)]
+    assert "no such kernel" in lines[0].note
+    assert status == 1
+    assert (tmp_path / "out" / "a.csv").read_text() == "1\n"
+
+
+def test_failures_in_a_part_give_1(tmp_path):
+    bad = Part("a", 1, lambda *_: iter([Progress(3, 3, failed=1)]))
+    assert run([bad], tmp_path / "out")[1] == 1
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stop_keeps_what_there_is(number, status, tmp_path):
+    def stop(deadline, folder):
+        os.kill(os.getpid(), number)
+        time.sleep(10)
+
+    lines, found, _ = run([part("a", 1, 2, stop), part("b", 3)], tmp_path / "out")
+    assert found == status
+    assert [(line.state, line.done) for line in lines] == [("stopped", 2), ("not begun", 0)]
+    assert (tmp_path / "out" / "a.csv").read_text() == "1\n2\n"
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_part_that_does_not_end_is_made_to(tmp_path, monkeypatch):
+    monkeypatch.setattr(card, "_GRACE", 0.2)
+
+    def hang(deadline, folder):
+        time.sleep(60)
+
+    start = time.monotonic()
+    lines, _, _ = run([part("a", 1, hang), part("b", 3)], tmp_path / "out", minutes=0.02)
+    assert time.monotonic() - start < 30
+    assert [(line.state, line.done) for line in lines] == [("time was up", 1), ("done", 3)]
+    assert "went on after its time" in lines[0].note
+
+
+def test_more_than_a_card_may_give_back_is_said(tmp_path, monkeypatch):
+    def many(deadline, folder):
+        for i in range(8):
+            (folder / f"{i}.txt").touch()
+
+    lines, status, _ = run([part("a", many)], tmp_path / "out")
+    assert (status, lines[0].state, lines[0].note) == (1, "failed", "10 files, 8 are allowed")
+
+    def deep(deadline, folder):
+        (folder / "deep").mkdir()
+        (folder / "large.csv").write_bytes(b"12345")
+
+    monkeypatch.setattr(card, "MOST_BYTES", 4)
+    lines, _, _ = run([part("b", deep)], tmp_path / "other")
+    assert "folders: deep" in lines[0].note
+    assert "large.csv" in lines[0].note
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--minutes", "0"], "--minutes must be positive, got 0"),
+        (["--device", "cuda"], "--device cuda needs a GPU"),
+        ([], "--out must be an empty folder or none yet"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    folder = tmp_path if not arguments else tmp_path / "out"
+    (tmp_path / "kept").touch()
+    monkeypatch.setattr(sys, "argv", ["bench", "card", "--out", str(folder), *arguments])
+    assert main() == 2
+    assert message in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
+def test_the_tuning_part_writes_what_it_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(card_parts, "_SHAPES", ((128, 128),))
+    monkeypatch.setattr(card_parts, "_ROWS", (16,))
+    monkeypatch.setattr(card_parts, "_BLOCKS", (32,))
+    monkeypatch.setattr(card_parts, "_SECONDS", 0.5)
+    monkeypatch.setenv("SGTRITON_IMPL", "torch")
+    *_, last = card_parts.tuning_part(time.monotonic() + 3, tmp_path, CPU)
+    assert (last.done, last.of) == (3, 3)
+    with open(tmp_path / "tuning.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 3
+    assert {row["status"] for row in rows} <= {"kept", "changed", "not reached"}
+
+
+def in_a_process(folder, cache, minutes, before="", **options):
+    """The command in a process that lacks all extras."""
+    program = f"""
+import sys
+sys.modules.update(dict.fromkeys({EXTRAS!r}))  # as if not installed
+from bench.__main__ import main
+{before}
+sys.argv = ["bench", "card", "--device", "cpu", "--minutes", "{minutes}", "--out", {str(folder)!r}]
+sys.exit(main())
+"""
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
+        "SGTRITON_CACHE_DIR": str(cache), "SGTRITON_IMPL": "torch",
+    }  # fmt: skip
+    return subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True,
+        check=False, **options,
+    )  # fmt: skip
+
+
+def check_files(folder):
+    files = list(folder.iterdir())
+    assert len(files) <= card.MOST_FILES
+    assert all(path.is_file() and path.stat().st_size <= card.MOST_BYTES for path in files)
+    with open(folder / "correctness.csv", newline="", encoding="utf-8") as file:
+        statuses = {row["status"] for row in csv.DictReader(file)}
+    assert "ok" in statuses
+    assert not statuses & {correctness.WRONG, correctness.FAILED}
+
+
+def test_it_runs_without_any_extra(tmp_path):
+    few = (
+        "from bench import correctness; every = correctness.checks; "
+        "correctness.checks = lambda place: every(place)[::40]"
+    )
+    ran = in_a_process(tmp_path / "out", tmp_path / "cache", 0.2, few)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.startswith("part ")
+    assert "correctness  done" in ran.stdout
+    check_files(tmp_path / "out")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_two_minutes_on_a_cpu(tmp_path):
+    start = time.monotonic()
+    ran = in_a_process(tmp_path / "out", tmp_path / "cache", 2)
+    assert ran.returncode == 0, ran.stderr
+    assert time.monotonic() - start < 240
+    for name in (p.name for p in card_parts.PARTS):
+        assert f"\n{name}" in ran.stdout
+    assert "failed," not in ran.stderr
+    check_files(tmp_path / "out")
