@@ -3,13 +3,16 @@ VENV ?= .venv
 VENV_NATIVE ?= .venv-native
 PYTHON ?= python3
 OUT ?= sgtriton-demo
+TRITONS ?= 3.6.0 3.8.0 newest
+# for compile-report, such as --op "bsr_linear fwd" --target sm_90
+REPORT ?=
 PIP_INSTALL = -m pip install --quiet --disable-pip-version-check
 
 # Kernels are small here and tests run side by side: one thread each.
 PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
 PYTEST_NATIVE = TRITON_INTERPRET=0 OMP_NUM_THREADS=1 $(VENV_NATIVE)/bin/python -m pytest
 
-.PHONY: demo test test-slow test-native bench-train bench-serve check format clean
+.PHONY: demo test test-slow test-native bench-train bench-serve compile-report check format clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/python -m sgtriton demo --out $(OUT)
@@ -47,6 +50,19 @@ bench-serve: $(VENV)/.test $(VENV)/.peers $(VENV_NATIVE)/.test
 	    $(VENV_NATIVE)/bin/python -m bench native
 	$(VENV)/bin/python -m bench report
 
+# what three compilers make of every kernel for every card: the oldest that is supported, the one
+# that tests run with, the newest; hours on two cores
+compile-report: $(TRITONS:%=$(VENV)-triton-%/.triton)
+	$(VENV)-triton-newest/bin/python $(PIP_INSTALL) --upgrade triton
+	rm -f $(TRITONS:%=$(VENV)-triton-%/report.csv)
+	status=0; for version in $(TRITONS); do \
+	    TRITON_INTERPRET=0 PYTHONPATH=.:kernels $(VENV)-triton-$$version/bin/python \
+	        -m bench.compile_report $(REPORT) --csv $(VENV)-triton-$$version/report.csv \
+	        || status=$$?; done; \
+	PYTHONPATH=.:kernels $(VENV)-triton-newest/bin/python -m bench.compile_report \
+	    --join $(TRITONS:%=$(VENV)-triton-%/report.csv) --csv bench/results/compile_report.csv \
+	    || status=$$?; exit $$status
+
 check: $(VENV)/.test
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
@@ -57,7 +73,7 @@ format: $(VENV)/.test
 	$(VENV)/bin/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) $(VENV_NATIVE)
+	rm -rf $(VENV) $(VENV_NATIVE) $(TRITONS:%=$(VENV)-triton-%)
 
 # An installation is current while it is newer than what it was made from.
 $(VENV)/.%: pyproject.toml constraints.txt | $(VENV)/bin/python
@@ -74,6 +90,13 @@ $(VENV_NATIVE)/.test: pyproject.toml constraints.txt | $(VENV_NATIVE)/bin/python
 	$(VENV_NATIVE)/bin/python $(PIP_INSTALL) fbtriton==3.8.0rc3
 	touch $@
 
-$(VENV)/bin/python $(VENV_NATIVE)/bin/python:
+# Each Triton beside the same PyTorch; a CUDA build of PyTorch would pin its own.
+$(VENV)-triton-%/.triton: pyproject.toml constraints.txt | $(VENV)-triton-%/bin/python
+	$(VENV)-triton-$*/bin/python $(PIP_INSTALL) --constraint constraints.txt \
+	    torch numpy safetensors packaging filelock
+	$(VENV)-triton-$*/bin/python $(PIP_INSTALL) --upgrade triton$(if $(filter newest,$*),,==$*)
+	touch $@
+
+$(VENV)/bin/python $(VENV_NATIVE)/bin/python $(TRITONS:%=$(VENV)-triton-%/bin/python):
 	$(PYTHON) -m venv $(patsubst %/bin/python,%,$@)
 	$@ $(PIP_INSTALL) --upgrade pip

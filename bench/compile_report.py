@@ -3,6 +3,11 @@
 Each launch is compiled for each target and its code is read: registers, shared memory, spills,
 matrix instructions, copies, pipeline. What cannot be read there is shown as ``-``. Ends with 1
 where the code breaks what the package counts on, with 2 where nothing can be compiled.
+
+How deep a pipeline is shows in the buffers of the tiles that it keeps in shared memory: of S stages
+S - 1, since one step's tiles are in registers while it is computed, and S where the matrix units
+themselves read shared memory (wgmma, tcgen05). Tiles that wait in registers (AMD's, of a weight
+that is multiplied by gates) show in no buffer, nor do elements that are read one by one.
 """
 
 from __future__ import annotations
@@ -15,8 +20,10 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
+
+from sgtriton_kernels._triton import triton
 
 from sgtriton.compilers import compile_launch
 from sgtriton.cross_compile import COPY_ENGINES, SHARED_LIMITS, TARGETS, Compiled, why_not
@@ -36,16 +43,20 @@ LEFT_DIRECT = {"sm_90": "registers", "sm_100": "tensor memory"}
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table; ``None`` is what cannot be read from the code."""
+    """One line of the table; ``None`` is what cannot be read from the code.
+
+    ``registers``, ``shared`` and ``spills`` are ``None`` of what does not compile.
+    """
 
     op: str
     variant: str
     rows: str
     tile: str
     target: str
-    registers: int
-    shared: int
-    spills: int
+    triton: str
+    registers: int | None
+    shared: int | None
+    spills: int | None
     instruction: str | None
     left: str | None
     copy: str | None
@@ -53,6 +64,7 @@ class Row:
     violations: str
 
 
+_KEY = ("op", "variant", "rows", "tile", "target", "triton")
 COLUMNS = {
     "op": "op", "variant": "variant", "rows": "rows", "tile": "tile", "target": "target",
     "registers": "regs", "shared": "shared", "spills": "spills", "instruction": "matrix unit",
@@ -86,11 +98,16 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--op", action="append", help="this op only; repeatable")
     parser.add_argument("--csv", type=Path, help="write the rows there too")
+    parser.add_argument(
+        "--join", type=Path, nargs="+", metavar="CSV", help="compile nothing: join these into --csv"
+    )
     parser.add_argument("--jobs", type=int, default=2, help="processes; default 2")
     parser.set_defaults(run=_run)
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    if arguments.join is not None:
+        return _join(arguments.join, arguments.csv)
     if reason := why_not():
         raise ValueError(reason)
     if arguments.jobs < 1:
@@ -106,12 +123,45 @@ def _run(arguments: argparse.Namespace) -> int:
     width = shutil.get_terminal_size((150, 24)).columns
     print(format_table(list(COLUMNS.values()), map(_cells, rows), width=width))
     if arguments.csv is not None:
-        _write(arguments.csv, rows)
+        _write(arguments.csv, map(astuple, rows))
     wrong = [row for row in rows if row.violations]
-    print(f"\n{len(rows)} kernels compiled, {len(wrong)} with violations")
+    by = f"compiled by Triton {triton.__version__}"
+    print(f"\n{len(rows)} kernels {by}, {len(wrong)} with violations")
     for row in wrong:
         print(f"{row.op} ({row.variant}), tile {row.tile}, {row.target}: {row.violations}")
     return 1 if wrong else 0
+
+
+def _join(paths: Sequence[Path], out: Path | None) -> int:
+    """Write the rows of several Tritons into one file, in an order that no run changes."""
+    if out is None:
+        raise ValueError("--join needs --csv, the file to write")
+    names, rows = [f.name for f in fields(Row)], {}
+    for path in paths:
+        try:
+            with open(path, newline="", encoding="utf-8") as file:
+                reader = csv.DictReader(file)
+                if reader.fieldnames != names:
+                    raise ValueError(f"{path} is no report: its columns are {reader.fieldnames}")
+                rows |= {tuple(line[name] for name in _KEY): line for line in reader}
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    ordered = [rows[key] for key in sorted(rows, key=_order)]
+    _write(out, [[line[name] for name in names] for line in ordered])
+    versions = sorted({line["triton"] for line in ordered}, key=_numbers)
+    wrong = sum(line["violations"] != "" for line in ordered)
+    print(f"{len(ordered)} kernels, Triton {', '.join(versions)}: {wrong} with violations")
+    return 1 if wrong else 0
+
+
+def _order(key: tuple[str, ...]) -> tuple[object, ...]:
+    *what, target, version = key
+    return (*what, list(TARGETS).index(target), _numbers(version))
+
+
+def _numbers(version: str) -> list[tuple[int, str]]:
+    """A version, to be sorted by."""
+    return [(int(part) if part.isdigit() else -1, part) for part in version.split(".")]
 
 
 def report(chosen: Sequence[Variant], targets: Sequence[str], jobs: int) -> list[Row]:
@@ -144,13 +194,24 @@ def _measured(work: Sequence[tuple[Variant, str]], jobs: int) -> Iterator[Row]:
 
 def _measure(item: tuple[Variant, str]) -> Row:
     variant, target = item
-    code = compile_launch(target, variant.launch)
-    return Row(
+    row = Row(
         op=variant.op,
         variant=variant.name,
         rows="-".join(map(str, dict.fromkeys(variant.rows[:1] + variant.rows[-1:]))),
         tile=variant.tile,
         target=target,
+        triton=triton.__version__,
+        registers=None, shared=None, spills=None,
+        instruction=None, left=None, copy=None, buffers=None,
+        violations="",
+    )  # fmt: skip
+    try:
+        code = compile_launch(target, variant.launch)
+    except Exception as error:  # one compiler's trouble with one kernel is a line of the report
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        return replace(row, violations=f"does not compile: {text[:200]}")
+    return replace(
+        row,
         registers=code.registers,
         shared=code.shared,
         spills=code.spills,
@@ -180,6 +241,7 @@ def violations(variant: Variant, target: str, code: Compiled) -> Iterator[str]:
         yield f"{code.shared} bytes of shared memory, the card has {SHARED_LIMITS[target]}"
     if (product := variant.product) is not None:
         yield from _of_product(product, variant.launch.num_warps, target, code)
+        yield from _of_pipeline(product, variant.launch.num_stages, target, code)
     if variant.wide is not None and target.startswith("sm_"):
         wide = sum(size == 16 for size in code.accesses)
         narrow = len(code.accesses) - wide
@@ -206,6 +268,19 @@ def _of_product(product: Product, num_warps: int, target: str, code: Compiled) -
         yield from _narrow_copies(product, num_warps * 32, code)
 
 
+def _of_pipeline(
+    product: Product, num_stages: int | None, target: str, code: Compiled
+) -> Iterator[str]:
+    """A pipeline that holds fewer steps than the launch asked for, where that can be read."""
+    if num_stages is None or num_stages < 2:
+        return
+    if code.buffers:
+        if (held := min(code.buffers)) < num_stages - 1:
+            yield f"{held} steps of a tile held instead of {num_stages - 1}"
+    elif product.ahead and target.startswith("sm_"):
+        yield f"no tile held ahead instead of {num_stages - 1} steps"
+
+
 def _narrow_copies(product: Product, threads: int, code: Compiled) -> Iterator[str]:
     expected = {min(16, tile // threads) for tile in product.copies}
     if set(code.async_copies) != expected:
@@ -224,15 +299,12 @@ def _cells(row: Row) -> list[object]:
     return ["-" if value in (None, "") else value for value in values]
 
 
-def _write(path: Path, rows: Sequence[Row]) -> None:
+def _write(path: Path, lines: Iterable[Sequence[object]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    names = [f.name for f in fields(Row)]
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(names)
-        for row in rows:
-            values = [getattr(row, name) for name in names]
-            writer.writerow(["-" if value is None else value for value in values])
+        writer.writerow([f.name for f in fields(Row)])
+        writer.writerows(["-" if value is None else value for value in line] for line in lines)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,8 @@ class Product:
         copies: bytes of each tile that must be copied in pieces of 16 bytes, or of all that there
             is for a thread; none where that is not asked for.
         bulk: whether the copy engine must bring tiles in; cards without one never get it.
+        ahead: whether tiles must be brought in ahead of their use, as many steps as the launch
+            asks for; none are where single elements are read.
     """
 
     half: bool
@@ -43,6 +45,7 @@ class Product:
     left_direct: bool
     copies: tuple[int, ...] = ()
     bulk: bool = False
+    ahead: bool = True
 
 
 @dataclass(frozen=True)
@@ -205,6 +208,7 @@ def _gated_product(
             half=x_dtype.itemsize == 2,
             left_rows=left,
             left_direct=which != "dw" and not skip and aligned,
+            ahead=aligned,
         ),
     )
 
@@ -262,7 +266,9 @@ def _bsr_product(
     if tile.form != "vector":
         copies = tuple(side * depth * dtype.itemsize for side in (left, right))
         bulk = flags.get("READ") == "bulk"
-        product = Product(dtype.itemsize == 2, left, False, copies if aligned else (), bulk)
+        product = Product(
+            dtype.itemsize == 2, left, False, copies if aligned else (), bulk, ahead=aligned
+        )
     name = _name(
         TYPES[dtype],
         "x".join(map(str, block)),
@@ -275,7 +281,8 @@ def _bsr_product(
     yield Variant(f"bsr_linear {which}", name, text, launch, rows=(m,), product=product)
     for sums in later:  # of programs that share a block row, or the rows of x
         text = f"{sums.constexprs['BLOCK_N']} of {sums.constexprs['SPLIT']}"
-        yield Variant("bsr_linear sums", TYPES[dtype], text, sums, rows=(m,))
+        added = ["bias"] if sums.constexprs["HAS_BIAS"] else []
+        yield Variant("bsr_linear sums", _name(TYPES[dtype], *added), text, sums, rows=(m,))
 
 
 def _bsr_conv() -> Iterator[Variant]:
@@ -311,6 +318,7 @@ def _bsr_convolution(
             half=dtype.itemsize == 2,
             left_rows=block_n if which == "dvalues" else block_m,
             left_direct=False,
+            ahead=aligned,
         ),
     )
 

@@ -1,6 +1,7 @@
 import csv
 
 import pytest
+from sgtriton_kernels._triton import triton
 
 from bench import compile_report
 from bench.variants import Product, Variant, variants
@@ -26,6 +27,9 @@ def test_every_op_that_ships_is_there():
     }  # fmt: skip
     keys = [(v.op, repr(v.launch)) for v in found]
     assert len(set(keys)) == len(keys)
+    # a report's rows are told apart, and joined, by what it says of them
+    shown = [(v.op, v.name, v.rows[:1] + v.rows[-1:], v.tile) for v in found]
+    assert len(set(shown)) == len(shown)
     for variant in found:
         if variant.product is not None:
             assert {"BLOCK_M", "BLOCK_N", "BLOCK_K"} <= set(variant.launch.constexprs)
@@ -38,7 +42,7 @@ def test_report_shows_and_writes_what_was_compiled(tmp_path, capsys):
     assert run(*arguments, "--csv", str(path)) == 0
     out, err = capsys.readouterr()
     assert "4 of 4 compiled" in err
-    assert "4 kernels compiled, 0 with violations" in out
+    assert f"4 kernels compiled by Triton {triton.__version__}, 0 with violations" in out
     for name in compile_report.COLUMNS.values():
         assert name in out.splitlines()[0]
     with open(path, newline="", encoding="utf-8") as file:
@@ -46,6 +50,7 @@ def test_report_shows_and_writes_what_was_compiled(tmp_path, capsys):
     assert [row["target"] for row in rows] == ["sm_90", "gfx1100"] * 2
     for row in rows:
         assert int(row["registers"]) > 0
+        assert row["triton"] == triton.__version__
         assert row["spills"] == "0"
         assert row["copy"] in ("4", "8", "16")
         assert row["instruction"] == row["buffers"] == "-"  # no product, nothing to show
@@ -80,6 +85,7 @@ def test_report_reads_products(monkeypatch, capsys):
 
 
 CP_ASYNC = "cp.async.cg.shared.global [%r1], [%rd1], {:#x}, {:#x};"
+ALLOC = "\n%x = ttg.local_alloc : () -> !ttg.memdesc<{}x64x32xbf16, #shared, #smem, mutable>\n"
 DOT = "ttng.warp_group_dot %a, %b, %c : {} * !ttg.memdesc<32x16xbf16, #shared, #smem> -> tensor<>"
 
 
@@ -107,6 +113,9 @@ def test_violations_of_products(target, change, expected):
         "assembly": "wgmma", "shared": 1024, "spills": 0, "registers": 64,
         "ttgir": DOT.format("tensor<64x32xbf16, #ttg.dot_op<{opIdx = 0}>>"),
     }  # fmt: skip
+    given["ttgir"] += ALLOC.format(1)
+    if "ttgir" in change:
+        change = {**change, "ttgir": change["ttgir"] + ALLOC.format(1)}
     found = list(compile_report.violations(variant, target, Compiled(**given | change)))
     assert found == expected
 
@@ -116,7 +125,7 @@ def test_violations_of_copies_and_accesses():
         code = Compiled(assembly, shared=0, spills=0, registers=32)
         return list(compile_report.violations(variant, "sm_80", code))
 
-    product = Product(half=False, left_rows=16, left_direct=False, copies=(4096, 1024))
+    product = Product(half=False, left_rows=16, left_direct=False, copies=(4096, 1024), ahead=False)
     variant = Variant("op", "name", "tile", LAUNCH, product=product)
     both = CP_ASYNC.format(16, 16) + "\n" + CP_ASYNC.format(8, 8)
     assert found(variant, both) == []
@@ -131,6 +140,84 @@ def test_violations_of_copies_and_accesses():
     assert found(variant, load + "st.global.b32 [ %rd2 + 0 ], { %r1 };\n") == [
         "1 accesses of 16 bytes and 1 narrower ones instead of at least 2 and at most 1"
     ]
+
+
+@pytest.mark.parametrize(
+    ("target", "held", "ahead", "expected"),
+    [
+        ("sm_80", (3, 3), True, []),
+        ("sm_90", (4, 3), True, []),
+        ("sm_90", (4, 4), True, []),
+        ("sm_80", (3, 2), True, ["2 steps of a tile held instead of 3"]),
+        ("gfx942", (1,), True, ["1 steps of a tile held instead of 3"]),
+        ("sm_100", (), True, ["no tile held ahead instead of 3 steps"]),
+        ("sm_100", (), False, []),  # elements that are read one by one
+        ("gfx942", (), True, []),  # they may wait in registers
+    ],
+)
+def test_a_shallower_pipeline_is_a_violation(target, held, ahead, expected):
+    launch = Launch("module", "kernel", {}, {}, num_warps=4, num_stages=4)
+    product = Product(half=False, left_rows=64, left_direct=False, ahead=ahead)
+    variant = Variant("op", "name", "tile", launch, product=product)
+    code = Compiled("", 1024, 0, 64, ttgir="".join(map(ALLOC.format, held)))
+    assert code.buffers == held
+    assert list(compile_report.violations(variant, target, code)) == expected
+
+
+def test_what_does_not_compile_is_a_line_of_the_report(monkeypatch):
+    def fail(*_):
+        raise RuntimeError("PassManager::run failed\nsomewhere")
+
+    monkeypatch.setattr(compile_report, "compile_for", fail)
+    monkeypatch.setattr(Launch, "function", lambda self: None)
+    variants = [Variant("op", name, "tile", LAUNCH) for name in "ab"]
+    rows = compile_report.report(variants, ["sm_90"], jobs=1)
+    assert [row.violations for row in rows] == [
+        "does not compile: RuntimeError: PassManager::run failed somewhere"
+    ] * 2
+    assert rows[0].registers is None
+
+
+HEADER = (
+    "op,variant,rows,tile,target,triton,registers,shared,spills,instruction,left,copy,buffers,"
+    "violations\n"
+)
+
+
+def test_reports_of_several_tritons_are_joined_in_one_order(tmp_path, capsys):
+    lines = [
+        f"{op},bf16,16,n64,{target},{version},32,0,0,-,-,16,-,\n"
+        for op in ("b", "a") for target in ("gfx942", "sm_90") for version in ("3.10.0", "3.6.0")
+    ]  # fmt: skip
+    paths = [tmp_path / "one.csv", tmp_path / "two.csv"]
+    paths[0].write_text(HEADER + "".join(lines[::2]), encoding="utf-8")
+    paths[1].write_text(HEADER + "".join(lines[1::2] + lines[:1]), encoding="utf-8")
+    out = tmp_path / "joined" / "all.csv"
+    assert run("--join", *map(str, paths), "--csv", str(out)) == 0
+    assert capsys.readouterr().out == "8 kernels, Triton 3.6.0, 3.10.0: 0 with violations\n"
+    found = out.read_text(encoding="utf-8").splitlines(keepends=True)
+    # targets as the table has them, versions as numbers
+    assert found == [HEADER, *(lines[i] for i in (7, 6, 5, 4, 3, 2, 1, 0))]
+    assert run("--join", *map(str, paths[::-1]), "--csv", str(out)) == 0
+    assert out.read_text(encoding="utf-8").splitlines(keepends=True) == found
+
+    paths[0].write_text(HEADER + lines[0].replace(",\n", ",8 bytes spilled\n"), encoding="utf-8")
+    assert run("--join", str(paths[0]), "--csv", str(out)) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [(None, "cannot be read: No such file"), ("a,b\n1,2\n", "is no report: its columns are")],
+)
+def test_what_is_no_report_is_not_joined(text, message, tmp_path, capsys):
+    path, out = tmp_path / "one.csv", tmp_path / "all.csv"
+    if text is not None:
+        path.write_text(text, encoding="utf-8")
+    assert run("--join", str(path), "--csv", str(out)) == 2
+    assert message in capsys.readouterr().err
+    assert not out.exists()
+    assert run("--join", str(path)) == 2
+    assert "--join needs --csv" in capsys.readouterr().err
 
 
 def test_widths_of_amd_accesses():
