@@ -24,9 +24,11 @@ import torch
 from sgtriton.tables import format_table
 
 from . import correctness
-from .card_parts import PARTS, Part, Progress
+from .card_parts import CORRECTNESS, TUNING, Part, Progress
+from .card_sweeps import SWEEP_PARTS
 from .rows import commit, write
 
+PARTS = [CORRECTNESS, TUNING, *SWEEP_PARTS]
 MOST_FILES = 8
 MOST_BYTES = 16 << 20
 SUMMARY = "summary.csv"

@@ -1,4 +1,4 @@
-"""The parts of ``python -m bench card``: what each does until its time is up."""
+"""What a part of ``python -m bench card`` is, and its first two: correctness and tuning."""
 
 from __future__ import annotations
 
@@ -141,7 +141,5 @@ def _tuned_row(tuned: tuning.Tuned, device: torch.device) -> TunedRow:
     )  # fmt: skip
 
 
-PARTS = [
-    Part("correctness", 3, correctness_part),
-    Part("tuning", 3, tuning_part),
-]
+CORRECTNESS = Part("correctness", 3, correctness_part)
+TUNING = Part("tuning", 3, tuning_part)

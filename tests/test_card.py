@@ -1,17 +1,20 @@
 """``python -m bench card``: parts in their time, and nothing lost however it ends."""
 
 import csv
+import functools
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from bench import card, card_parts, correctness
+from bench import card, card_parts, card_sweeps, correctness
 from bench.__main__ import main
 from bench.card_parts import Part, Progress
 
@@ -165,6 +168,66 @@ def test_the_tuning_part_writes_what_it_found(tmp_path, monkeypatch):
     assert {row["status"] for row in rows} <= {"kept", "changed", "not reached"}
 
 
+@dataclass
+class Timed:
+    """A row of a sweep."""
+
+    cell: int
+    provider: str
+    status: str = "measured"
+
+    @property
+    def is_measured(self):
+        return self.status == "measured"
+
+    @property
+    def is_ours(self):
+        return self.provider == "ours"
+
+
+def sweep(measure, cells=6):
+    return SimpleNamespace(
+        file="serving", seconds=1.0, quick_seconds=0.1, add_arguments=lambda parser: None,
+        tasks=lambda given: [
+            SimpleNamespace(key=(i,), measure=functools.partial(measure, i)) for i in range(cells)
+        ],
+        missing=lambda given: [Timed(0, "scipy BSR", "missing: not installed")],
+    )  # fmt: skip
+
+
+def test_a_sweep_covers_its_grid_and_names_who_is_missing(tmp_path, monkeypatch):
+    def measure(i):
+        if i == 4:
+            raise RuntimeError("out of memory")
+        return [Timed(i, "dense"), Timed(i, "ours", "wrong: 3 differ" if i == 1 else "measured")]
+
+    monkeypatch.setattr(card_sweeps, "_sweeps", lambda: {"serve": sweep(measure)})
+    serve = card_sweeps.SWEEP_PARTS[0]
+    *_, last = serve.run(time.monotonic() + 60, tmp_path, CPU)
+    assert (last.done, last.of, last.failed, last.missing) == (6, 6, 2, ("scipy BSR",))
+    assert last.note == "(4,): RuntimeError: out of memory"
+    with open(tmp_path / "serving.csv", newline="", encoding="utf-8") as file:
+        cells = [int(row["cell"]) for row in csv.DictReader(file) if row["provider"] == "dense"]
+    assert cells == [0, 2, 1, 5, 3]  # 4 gave none
+
+    first, *rest = serve.run(time.monotonic() - 1, tmp_path, CPU)
+    assert (first.done, first.of, rest) == (0, 6, [])
+
+
+def test_a_sweep_that_is_not_there_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(card_sweeps, "_sweeps", dict)
+    (only,) = card_sweeps.SWEEP_PARTS[0].run(time.monotonic() + 60, tmp_path, CPU)
+    assert only.note == "there is no sweep serve"
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 5, 8])
+def test_every_beginning_of_a_spread_order_covers_the_whole(count):
+    order = card_sweeps._spread(range(count))
+    assert sorted(order) == list(range(count))
+    if count == 8:
+        assert order[:4] == [0, 4, 2, 6]
+
+
 def in_a_process(folder, cache, minutes, before="", **options):
     """The command in a process that lacks all extras."""
     program = f"""
@@ -214,7 +277,7 @@ def test_two_minutes_on_a_cpu(tmp_path):
     ran = in_a_process(tmp_path / "out", tmp_path / "cache", 2)
     assert ran.returncode == 0, ran.stderr
     assert time.monotonic() - start < 240
-    for name in (p.name for p in card_parts.PARTS):
+    for name in (p.name for p in card.PARTS):
         assert f"\n{name}" in ran.stdout
     assert "failed," not in ran.stderr
     check_files(tmp_path / "out")
