@@ -35,11 +35,11 @@ def sweep_part(
     rows = sweep.missing(arguments)
     for row in rows:
         append(path, row)
-    missing = {row.provider for row in rows}
-    failed, notes = 0, []
+    missing, failed, notes, longest = _missing(rows), 0, [], 0.0
     yield Progress(0, len(tasks), missing=tuple(sorted(missing)))
     for done, task in enumerate(_spread(tasks), 1):
-        if time.monotonic() > deadline:
+        start = time.monotonic()
+        if start + longest > deadline:  # what would not end leaves its time to the next part
             return
         try:
             rows = task.measure()
@@ -49,9 +49,19 @@ def sweep_part(
             rows = []
         for row in rows:
             append(path, row)
-        missing |= {row.provider for row in rows if row.status.startswith(_MISSING)}
+        missing |= _missing(rows)
+        longest = max(longest, time.monotonic() - start)
         failed += any(row.is_ours and not row.is_measured for row in rows)
         yield Progress(done, len(tasks), failed, tuple(sorted(missing)), "; ".join(notes[:2]))
+
+
+def _missing(rows: Sequence[Any]) -> set[str]:
+    """Who could not be measured, and why."""
+    return {
+        f"{row.provider} ({row.status.removeprefix(_MISSING)})"
+        for row in rows
+        if row.status.startswith(_MISSING)
+    }
 
 
 def _sweeps() -> dict[str, Any]:
