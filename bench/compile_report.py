@@ -241,7 +241,7 @@ def violations(variant: Variant, target: str, code: Compiled) -> Iterator[str]:
         yield f"{code.shared} bytes of shared memory, the card has {SHARED_LIMITS[target]}"
     if (product := variant.product) is not None:
         yield from _of_product(product, variant.launch.num_warps, target, code)
-        yield from _of_pipeline(product, variant.launch.num_stages, target, code)
+    yield from _of_pipeline(variant, target, code)
     if variant.wide is not None and target.startswith("sm_"):
         wide = sum(size == 16 for size in code.accesses)
         narrow = len(code.accesses) - wide
@@ -268,16 +268,15 @@ def _of_product(product: Product, num_warps: int, target: str, code: Compiled) -
         yield from _narrow_copies(product, num_warps * 32, code)
 
 
-def _of_pipeline(
-    product: Product, num_stages: int | None, target: str, code: Compiled
-) -> Iterator[str]:
+def _of_pipeline(variant: Variant, target: str, code: Compiled) -> Iterator[str]:
     """A pipeline that holds fewer steps than the launch asked for, where that can be read."""
+    num_stages = variant.launch.num_stages
     if num_stages is None or num_stages < 2:
         return
     if code.buffers:
         if (held := min(code.buffers)) < num_stages - 1:
             yield f"{held} steps of a tile held instead of {num_stages - 1}"
-    elif product.ahead and target.startswith("sm_"):
+    elif variant.product and variant.product.ahead and target.startswith("sm_"):
         yield f"no tile held ahead instead of {num_stages - 1} steps"
 
 

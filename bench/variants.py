@@ -234,10 +234,11 @@ def _bsr_linear() -> Iterator[Variant]:
         for dtype in (bf16, fp32):
             for m in ROWS[::3]:
                 yield from _bsr_product(which, dtype, (64, 64), m, size=SIZE - 1)
-    for candidate in candidates.BSR_LINEAR_CANDIDATES:
-        assert candidate.tile is not None
-        m = candidate.tile.BLOCK_M
-        yield from _bsr_product("fwd", bf16, (64, 64), m, candidate.tile)
+    for which in ("fwd", "dx", "dvalues"):
+        for candidate in candidates.named(f"bsr_linear {which}", "triton", False).values():
+            if (tile := candidate.tile) is not None:
+                m = SIZE if which == "dvalues" else tile.BLOCK_M
+                yield from _bsr_product(which, bf16, (64, 64), m, tile)
 
 
 def _bsr_product(

@@ -1,4 +1,5 @@
 import csv
+from dataclasses import replace
 
 import pytest
 from sgtriton_kernels._triton import triton
@@ -162,6 +163,9 @@ def test_a_shallower_pipeline_is_a_violation(target, held, ahead, expected):
     code = Compiled("", 1024, 0, 64, ttgir="".join(map(ALLOC.format, held)))
     assert code.buffers == held
     assert list(compile_report.violations(variant, target, code)) == expected
+    if held:  # without matrix instructions, too
+        alone = replace(variant, product=None)
+        assert list(compile_report.violations(alone, target, code)) == expected
 
 
 def test_what_does_not_compile_is_a_line_of_the_report(monkeypatch):
