@@ -35,17 +35,17 @@ test-native: $(VENV_NATIVE)/.test
 
 # what a gated training step costs beside the dense one; then the kernels in native code
 bench-train: $(VENV)/.test $(VENV_NATIVE)/.test
-	OMP_NUM_THREADS=2 $(VENV)/bin/python -m bench training
+	OMP_NUM_THREADS=2 $(VENV)/bin/python -m bench sweep train
 	OMP_NUM_THREADS=2 TRITON_INTERPRET=0 PYTHONPATH=.:kernels \
 	    $(VENV_NATIVE)/bin/python -m bench bandwidth
 	$(VENV)/bin/python -m bench report
 
 # a pruned layer served beside the dense one and other libraries; then the kernel in native code
 bench-serve: $(VENV)/.test $(VENV)/.peers $(VENV_NATIVE)/.test
-	OMP_NUM_THREADS=2 $(VENV)/bin/python -m bench serving
+	OMP_NUM_THREADS=2 $(VENV)/bin/python -m bench sweep serve
 	OMP_NUM_THREADS=2 $(VENV)/bin/python -m bench overhead
-	OMP_NUM_THREADS=2 $(VENV)/bin/python -m bench conv
-	OMP_NUM_THREADS=2 $(VENV)/bin/python -m bench models
+	OMP_NUM_THREADS=2 $(VENV)/bin/python -m bench sweep conv
+	OMP_NUM_THREADS=2 $(VENV)/bin/python -m bench sweep model
 	OMP_NUM_THREADS=2 TRITON_INTERPRET=0 PYTHONPATH=.:kernels \
 	    $(VENV_NATIVE)/bin/python -m bench native
 	$(VENV)/bin/python -m bench report

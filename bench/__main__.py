@@ -10,15 +10,12 @@ from . import (
     bandwidth,
     card,
     compile_report,
-    conv,
     correctness,
-    models,
     native,
     overhead,
     report,
     roofline,
-    serving,
-    training,
+    sweep,
     tuning,
 )
 
@@ -29,21 +26,18 @@ def main() -> int:
     accuracy.add_command(commands)
     bandwidth.add_command(commands)
     card.add_command(commands)
-    conv.add_command(commands)
     correctness.add_command(commands)
-    models.add_command(commands)
     native.add_command(commands)
     overhead.add_command(commands)
     report.add_command(commands)
     compile_report.add_command(commands)
     roofline.add_command(commands)
-    serving.add_command(commands)
-    training.add_command(commands)
+    sweep.add_command(commands)
     tuning.add_command(commands)
     arguments = parser.parse_args()
     try:
         return arguments.run(arguments)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         print(f"bench: error: {error}", file=sys.stderr)
         return 2
 

@@ -42,6 +42,18 @@ CELLS = (
 )
 
 
+_TEXT = """
+## Accuracy against sparsity
+
+LeNet-300-100 on MNIST (60,000 training and 10,000 test images), {epochs} epochs, batch 128, Adam
+2e-3, {seeds} seed(s), one thread, PyTorch {torch}, Python {python}. Gated and dense twins start
+from the same weights and see the same batches; the last layer is gated per weight. Accuracy is
+that of the last step; test images chose nothing. Rerun: `python -m bench accuracy --data DIR` with
+the four IDX files in `DIR` (rows that the CSV has are not trained again: move it away first).
+
+"""
+
+
 @dataclass(frozen=True)
 class Row:
     """One row of the CSV; ``accuracy`` is on the test images, at the end of the training."""
@@ -62,6 +74,37 @@ class Row:
     torch: str
     python: str
     commit: str
+
+
+def markdown(rows: list[Row]) -> str:
+    """A Markdown table, one row a training."""
+    lines = [
+        "| gates | block | target sparsity | reached | test accuracy | open share per layer |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        gates, target, reached = "dense twin", "-", "-"
+        if row.gate != "none":
+            gates, target, reached = row.gate, f"{row.target:.0%}", f"{row.sparsity:.2%}"
+        layers = row.open_per_layer or "-"
+        lines.append(
+            f"| {gates} | {row.block} | {target} | {reached} | {row.accuracy:.2%} | {layers} |"
+        )
+    return "\n".join(lines)
+
+
+def section(rows: list[Row]) -> str:
+    """The page's section, of the larger trainings' model."""
+    rows = [row for row in rows if row.model == "lenet300"]
+    if not rows:
+        return ""
+    text = _TEXT.format(
+        epochs=", ".join(map(str, sorted({r.epochs for r in rows}))),
+        seeds=len({r.seed for r in rows}),
+        torch=", ".join(sorted({r.torch for r in rows})),
+        python=", ".join(sorted({r.python for r in rows})),
+    )
+    return text + markdown(rows) + "\n"
 
 
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

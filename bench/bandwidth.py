@@ -20,9 +20,19 @@ from sgtriton.tables import format_table
 from sgtriton.timing import samples_ms
 
 from . import timed
-from .rows import circumstances, write
+from .rows import circumstances, paragraphs, write
 
 SHAPE = (4096, 4096)
+
+
+_TEXT = """
+## Bandwidth of `gate_weight` in native CPU code
+
+Per-weight threshold gates on a {N}x{K} fp32 weight, Triton {triton} compiled for {cpu}, {threads}
+threads, commit {commit}; bytes that the result needs per second, beside `clone` in the same turns.
+Rerun: `make bench-train`.
+
+"""
 
 
 @dataclass(frozen=True)
@@ -84,6 +94,21 @@ def measure(dtype: torch.dtype, seconds: float) -> list[Row]:
             )
         )  # fmt: skip
     return rows
+
+
+def markdown(rows: list[Row]) -> str:
+    """A Markdown table, one row a pass and dtype."""
+    lines = ["| pass | result or gradient | GB/s | copy, GB/s | share |", "|---|---|---|---|---|"]
+    lines += [
+        f"| {r.pass_} | {r.dtype} | {r.gb_per_s:.1f} | {r.copy_gb_per_s:.1f} | {r.ratio:.0%} |"
+        for r in rows
+    ]
+    return "\n".join(lines)
+
+
+def section(rows: list[Row]) -> str:
+    """The page's section."""
+    return paragraphs(_TEXT.format(**vars(rows[0]))) + markdown(rows) + "\n"
 
 
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

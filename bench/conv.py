@@ -1,4 +1,4 @@
-"""Serving pruned convolutions: VGG-16's thirteen, beside the dense ones, on a CPU.
+"""Serving pruned convolutions: VGG-16's thirteen, beside the dense ones.
 
 Each has 3x3 taps and a padding of 1; its blocks of 32x32 weights are closed at random. Compared are
 ``F.conv2d`` on the weight with zeros filled in, the layer that ``sgtriton.sparsify`` makes of it,
@@ -10,7 +10,9 @@ counts as often in the sum.
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass, field
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -20,53 +22,51 @@ from torch import nn
 
 import sgtriton
 from sgtriton.tables import format_table
-from sgtriton.timing import samples_ms
 
 from . import timed
-from .rows import circumstances, write
-from .timed import DTYPES, SLOWER, Call, quantiles
+from .grids import Sweep, Task
+from .rows import Timing, measured, notes, paragraphs, rounded, summary, where
+from .timed import DTYPES, SLOWER, Call, Work
 
 # input channels, output channels, height and width, how often in VGG-16
 LAYERS = (
     (3, 64, 224, 1), (64, 64, 224, 1), (64, 128, 112, 1), (128, 128, 112, 1), (128, 256, 56, 1),
     (256, 256, 56, 2), (256, 512, 28, 1), (512, 512, 28, 2), (512, 512, 14, 3),
 )  # fmt: skip
-BATCHES = (1, 8)
+BATCHES = {"cpu": (1, 8), "cuda": (1, 32)}
+QUICK_LAYERS = ((3, 64, 32, 1), (64, 64, 16, 2))
 BLOCK = 32
 CLOSED = 0.9
-DTYPE = "float32"  # of the results that are kept
+CPU = torch.device("cpu")
 DENSE = ("dense", "dense, channels-last")  # of which the faster is 1
 LAYER = ("sgtriton", "sgtriton, channels-last")  # on the same images as these
 
 
-@dataclass(frozen=True)
-class Row:
-    """One row of the CSV: a candidate on a layer; ``ratio`` is to the faster dense one.
+_TEXT = """
+## VGG-16's convolutions, {closed:.0%} of the {block}x{block} blocks closed{on}
 
-    Rows of before there were layers have no ``form``: their "sgtriton" is the product over blocks.
+Milliseconds of one layer, {threads} threads of {device}, PyTorch {torch}, commit {commit}; in turns
+with `F.conv2d` on the dense weight, images contiguous and channels-last. "Faster" compares
+the column before it with the faster dense one{remark} Rerun: `{rerun}`.
+
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row(Timing):
+    """One row of the CSV: a provider on a layer, that occurs so many ``times``.
+
+    M, N and K are those of the product that the convolution is: its pixels, output channels, and
+    input channels times taps. Rows of before there were layers have no ``form``: their "sgtriton"
+    is the product over blocks.
     """
 
-    candidate: str
-    form: str = field(default="", kw_only=True)
-    dtype: str
-    block: int
-    closed: float
+    form: str = ""
     batch: int
     channels: int
     out_channels: int
     size: int
     times: int
-    ms_p20: float
-    ms_p50: float
-    ms_p80: float
-    ratio: float
-    threads: int
-    samples: int
-    cpu: str
-    sgtriton: str
-    torch: str
-    python: str
-    commit: str
 
 
 def pruned_weight(
@@ -86,7 +86,7 @@ def pruned_weight(
 def served_layer(weight: torch.Tensor, bias: torch.Tensor) -> nn.Module:
     """The layer that ``sparsify`` makes of a pruned convolution, timing its forms."""
     out_channels, channels = weight.shape[:2]
-    conv = nn.Conv2d(channels, out_channels, 3, padding=1, dtype=weight.dtype).eval()
+    conv = nn.Conv2d(channels, out_channels, 3, padding=1).to(weight).eval()
     with torch.no_grad():
         conv.weight.copy_(weight)
         conv.bias.copy_(bias)  # pyright: ignore[reportOptionalMemberAccess]
@@ -111,51 +111,62 @@ def candidates(
         "dense, channels-last": lambda: F.conv2d(last, weight_last, bias, padding=1),
         "sgtriton": lambda: layer(x),
         "sgtriton, channels-last": lambda: layer(last),
-        "product over blocks": lambda: ours(x),
-        "product over blocks, channels-last": lambda: ours(last),
+        "sgtriton, product over blocks": lambda: ours(x),
+        "sgtriton, product over blocks, channels-last": lambda: ours(last),
     }
 
 
 @torch.inference_mode()
 def measure(
-    shape: tuple[int, int, int, int], batch: int, dtype: torch.dtype, seconds: float
-) -> list[Row]:
-    """Time the candidates in turns."""
+    shape: tuple[int, int, int, int], batch: int, dtype: torch.dtype, seconds: float,
+    device: torch.device = CPU,
+) -> list[Row]:  # fmt: skip
+    """Time the candidates in turns, but those that are wrong."""
     channels, out_channels, size, times = shape
+    torch.manual_seed(0)
     matrix, weight = pruned_weight(channels, out_channels, CLOSED, dtype)
-    bias = torch.randn(out_channels).to(dtype)
-    x = torch.randn(batch, channels, size, size).to(dtype)
+    matrix, weight = matrix.to(device), weight.to(device)
+    bias = torch.randn(out_channels).to(weight)
+    x = torch.randn(batch, channels, size, size).to(weight)
     with torch.inference_mode(False):  # a model is made outside, and called inside
         layer = served_layer(weight.clone(), bias.clone())
     form = layer.form_of(batch * size * size)  # pyright: ignore
     calls = candidates(layer, matrix, weight, bias, x)
-    samples = samples_ms(list(calls.values()), torch.device("cpu"), seconds, rounds=5)
-    found = [quantiles(taken) for taken in samples]
-    dense = min(p50 for name, (_, p50, _) in zip(calls, found, strict=True) if name in DENSE)
-    return [
-        Row(
-            candidate=name,
-            form=form if name in LAYER else "-",
-            dtype=str(dtype).removeprefix("torch."),
-            block=BLOCK,
-            closed=CLOSED,
-            batch=batch, channels=channels, out_channels=out_channels, size=size, times=times,
-            ms_p20=round(p20, 3), ms_p50=round(p50, 3), ms_p80=round(p80, 3),
-            ratio=round(p50 / dense, 3),
-            samples=len(taken),
-            **circumstances(),
-        )
-        for name, taken, (p20, p50, p80) in zip(calls, samples, found, strict=True)
-    ]  # fmt: skip
+    expected = F.conv2d(x.double(), weight.double(), bias.double(), padding=1)
+    # cuDNN multiplies in TF32 unless it is told not to
+    has_tf32 = device.type != "cpu" and torch.backends.cudnn.allow_tf32
+    most = 2e-3 if has_tf32 and dtype == torch.float32 else None
+    taken = timed.take_turns(
+        calls, lambda _, out: timed.difference(out, expected, most), device, seconds,
+        rounds=5, dense=DENSE,
+    )  # fmt: skip
+    dense = timed.fastest(taken, DENSE)
+    m, n, k = batch * size * size, out_channels, 9 * channels
+    rows = []
+    for name, one in taken.items():
+        share = 1.0 if name in DENSE else matrix.density
+        moved = x.nbytes + x.itemsize * (n * k * share + m * n)  # each pixel is read once
+        work = Work(2 * m * n * k * share, moved)
+        rows.append(
+            Row(
+                op="bsr_conv2d", provider=name, pass_="forward", M=m, N=n, K=k,
+                dtype=str(dtype).removeprefix("torch."), block=f"{BLOCK}x{BLOCK}",
+                density=round(matrix.density, 4), ratio=rounded(one.median / dense, 4),
+                form=form if name in LAYER else "-",
+                batch=batch, channels=channels, out_channels=out_channels, size=size, times=times,
+                **one.fields(), **work.fields(one.median), **where(device),
+            )
+        )  # fmt: skip
+    return rows
 
 
 def table(rows: list[Row]) -> str:
-    """Milliseconds by layer, the sums of the thirteen, and by what factor the faster dense loses.
+    """Milliseconds by layer, their sums, and by what factor the faster dense loses.
 
     The factor is that of the candidate in the column before it.
     """
     headers, cells = _cells(rows)
-    return format_table(headers, cells, align="rlr" + "r" * (len(headers) - 3))
+    return format_table(headers, cells, align="lrlr" + "r" * (len(headers) - 4))
 
 
 def markdown(rows: list[Row]) -> str:
@@ -165,53 +176,62 @@ def markdown(rows: list[Row]) -> str:
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
-def _cells(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
-    names = list(dict.fromkeys(row.candidate for row in rows))
-    headers = ["batch", "channels", "size"]
+def _cells(rows: Iterable[Row]) -> tuple[list[str], list[list[str]]]:
+    rows = measured(rows)
+    names = list(dict.fromkeys(row.provider for row in rows))
+    headers = ["dtype", "batch", "channels", "size"]
     for name in names:
         headers += [name] if name in DENSE else [name, "faster"]
     cells = []
-    for batch in dict.fromkeys(row.batch for row in rows):
+    for dtype, batch in dict.fromkeys((row.dtype, row.batch) for row in rows):
         sums = dict.fromkeys((*names, "best"), 0.0)
-        ours = [row for row in rows if row.batch == batch]
+        ours = [row for row in rows if (row.dtype, row.batch) == (dtype, batch)]
         for key in dict.fromkeys((r.channels, r.out_channels, r.size, r.times) for r in ours):
             channels, out_channels, size, times = key
             found = {
-                r.candidate: r.ms_p50
+                r.provider: r.ms_p50
                 for r in ours
                 if (r.channels, r.out_channels, r.size) == key[:3]
             }
-            found["best"] = min(found[name] for name in DENSE)
+            # one that was wrong or failed on a layer has no time there, and no sum
+            found = {name: found.get(name, math.nan) for name in names}
+            found["best"] = min(found[name] for name in DENSE if name in found)
             for name, ms in found.items():
                 sums[name] += times * ms
-            shown = [str(batch), f"{channels} to {out_channels}", str(size)]
+            shown = [dtype, str(batch), f"{channels} to {out_channels}", str(size)]
             cells.append([*shown, *_line(names, found)])
-        cells.append([str(batch), "all thirteen", "", *_line(names, sums)])
+        cells.append([dtype, str(batch), "all", "", *_line(names, sums)])
     return headers, cells
 
 
 def _line(names: list[str], found: dict[str, float]) -> list[str]:
     line = []
     for name in names:
-        line.append(f"{found[name]:.2f}")
+        line.append(_figure(found[name]))
         if name not in DENSE:
-            line.append(f"{found['best'] / found[name]:.2f}")
+            line.append(_figure(found["best"] / found[name]))
     return line
 
 
-def remark(rows: list[Row]) -> str:
+def _figure(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.2f}"
+
+
+def remark(rows: Iterable[Row]) -> str:
     """What the report says of its table: how the layers compare on the same images."""
+    rows = measured(rows)
     if not any(row.form for row in rows):
         return "; where that is below 1, layers that\n`sgtriton.sparsify` makes compute dense."
-    by_key = {(r.batch, r.channels, r.out_channels, r.size, r.candidate): r for r in rows}
+    by_key = {(r.dtype, r.batch, r.channels, r.out_channels, r.size, r.provider): r for r in rows}
     speedups = {
-        key: by_key[(*key[:4], DENSE[LAYER.index(r.candidate)])].ms_p50 / r.ms_p50
+        key: dense.ms_p50 / r.ms_p50
         for key, r in by_key.items()
-        if r.candidate in LAYER
+        if r.provider in LAYER
+        and (dense := by_key.get((*key[:5], DENSE[LAYER.index(r.provider)]))) is not None
     }
     slower = [
-        f"{speedup:.2f} at batch {key[0]}, {key[1]} to {key[2]} channels, size {key[3]}"
-        f"{', channels-last' * (key[4] == LAYER[1])} ({by_key[key].form})"
+        f"{speedup:.2f} at batch {key[1]}, {key[2]} to {key[3]} channels, size {key[4]}"
+        f"{', channels-last' * (key[5] == LAYER[1])} ({by_key[key].form})"
         for key, speedup in speedups.items()
         if speedup < SLOWER
     ]
@@ -223,26 +243,61 @@ def remark(rows: list[Row]) -> str:
     )
 
 
-def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add ``conv`` to the command line."""
-    command = commands.add_parser("conv", help="pruned convolutions beside the dense ones")
-    command.add_argument("--batch", type=int, action="append", help="repeatable; default 1 and 8")
-    command.add_argument("--dtype", choices=list(DTYPES), default=DTYPE)
-    timed.add_arguments(command, "conv", 3.0, "for each layer, and at least 5 turns")
-    command.set_defaults(run=_run)
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Add what narrows the grid."""
+    command.add_argument("--batch", type=int, nargs="+", metavar="N", help="these only")
 
 
-def _run(arguments: argparse.Namespace) -> int:
-    batches = arguments.batch or BATCHES
+def tasks(arguments: argparse.Namespace) -> list[Task]:
+    """The cells to measure: each layer at each batch size.
+
+    Raises:
+        ValueError: a batch size below 1.
+    """
+    default = BATCHES[arguments.device][:1] if arguments.quick else BATCHES[arguments.device]
+    batches = tuple(dict.fromkeys(arguments.batch or default))
     if min(batches) < 1:
-        raise ValueError(f"--batch must be at least 1, got {batches}")
-    is_whole = tuple(batches) == BATCHES and arguments.dtype == DTYPE
-    timed.prepare(arguments, is_whole)
-    measured = (
-        row
-        for batch in batches
-        for shape in LAYERS
-        for row in measure(shape, batch, DTYPES[arguments.dtype], arguments.seconds)
-    )
-    print(table(write(arguments.out, measured)))
-    return 0
+        raise ValueError(f"--batch must be at least 1, got {min(batches)}")
+    device = torch.device(arguments.device)
+    dtypes = arguments.dtype or (["float32"] if device.type == "cpu" else ["bfloat16"])
+    found = []
+    for dtype in dict.fromkeys(dtypes):
+        for batch in batches:
+            for shape in QUICK_LAYERS if arguments.quick else LAYERS:
+
+                def cell(dtype=DTYPES[dtype], batch=batch, shape=shape) -> list[Row]:
+                    return measure(shape, batch, dtype, arguments.seconds, device)
+
+                found.append(Task(("bsr_conv2d", dtype, batch, *shape[:3]), cell))
+    return found
+
+
+def section(rows: list[Row], on: str, file: str) -> str:
+    """The page's section."""
+    found = measured(rows)
+    if not found:
+        return ""
+    text = paragraphs(_TEXT.format(
+        on=on, closed=CLOSED, block=BLOCK, remark=remark(found),
+        rerun="python -m bench sweep conv" + " --device cuda" * bool(on),
+        **summary(found),
+    ))  # fmt: skip
+    text += markdown(found) + "\n"
+    if absent := notes(rows):
+        text += "\nNot measured:\n\n" + "".join(f"- {line}\n" for line in absent)
+    return text
+
+
+SWEEP = Sweep(
+    help="VGG-16's convolutions pruned, beside the dense ones",
+    file="conv",
+    seconds=3.0,
+    quick_seconds=0.1,
+    of="seconds for each layer, and at least 5 turns",
+    row=Row,
+    key=("op", "dtype", "batch", "channels", "out_channels", "size"),
+    tasks=tasks,
+    table=table,
+    section=section,
+    add_arguments=add_arguments,
+)

@@ -19,13 +19,23 @@ from sgtriton.tables import format_table
 from sgtriton.timing import samples_ms
 
 from . import timed
-from .rows import circumstances, write
+from .rows import circumstances, paragraphs, write
 from .serving import pruned_layer
 
 SHAPE = (4096, 1024)  # N, K
 BLOCK = 64
 ROWS = (1, 16, 64)
 SPARSITIES = (0.8, 0.9)
+
+
+_TEXT = """
+## The kernel of `bsr_linear` in native CPU code
+
+Blocks of {block}x{block}, weight {N}x{K}, fp32, Triton {triton} compiled for {cpu}, {threads}
+threads, commit {commit}; beside `F.linear` on the dense weight in the same turns. The ideal is
+1 / density. Rerun: `make bench-serve`.
+
+"""
 
 
 @dataclass(frozen=True)
@@ -84,6 +94,11 @@ def markdown(rows: list[Row]) -> str:
         for r in rows
     ]
     return "\n".join(lines)
+
+
+def section(rows: list[Row]) -> str:
+    """The page's section."""
+    return paragraphs(_TEXT.format(**vars(rows[0]))) + markdown(rows) + "\n"
 
 
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

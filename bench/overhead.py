@@ -24,7 +24,7 @@ from sgtriton.timing import samples_ms
 
 from . import timed
 from .conv import pruned_weight
-from .rows import circumstances, write
+from .rows import circumstances, paragraphs, write
 from .serving import pruned_layer
 
 SIDE, BLOCK, CLOSED = 64, 16, 0.5
@@ -34,6 +34,17 @@ MODES = {
     "no_grad": torch.no_grad,
     "gradients": contextlib.nullcontext,
 }
+
+
+_TEXT = """
+## What a call costs
+
+Microseconds of one call with next to no arithmetic (in brackets: over the dense call in its group,
+in the same turns): one row by a 64x64 weight, half of its 16x16 blocks closed; 3x3 convolution of
+32 channels on 4x4 pixels, no block closed. Forward only; {threads} threads of {cpu}, PyTorch
+{torch}, commit {commit}. Rerun: `make bench-serve`.
+
+"""
 
 
 @dataclass(frozen=True)
@@ -123,6 +134,11 @@ def markdown(rows: list[Row]) -> str:
         ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def section(rows: list[Row]) -> str:
+    """The page's section."""
+    return paragraphs(_TEXT.format(**vars(rows[0]))) + markdown(rows) + "\n"
 
 
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

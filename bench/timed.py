@@ -1,29 +1,199 @@
-"""What commands that take timings have in common."""
+"""What commands that take timings have in common: options, and taking turns."""
 
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from sgtriton_kernels._triton import INTERPRETED, why_not_triton
 
-from .rows import RESULTS, commit
+from sgtriton.timing import samples_ms
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+from .rows import MEASURED, RESULTS, commit, rounded, significant
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SLOWER = 0.97  # of dense, from which down a result is called slower
+SLOW = 8  # times dense, from which a provider is timed by one call and takes no turns
+SLOW_MS = 20  # and at least that long
 
 Call = Callable[[], object]
 
 
+@dataclass(frozen=True)
+class Taken:
+    """What came of a candidate: milliseconds a call, MiB at its peak, and its row's status."""
+
+    ms: list[float]
+    peak_mib: float = math.nan
+    status: str = MEASURED
+
+    def fields(self) -> dict[str, Any]:
+        """As a row has them."""
+        p20, p50, p80 = quantiles(self.ms)
+        return {
+            "ms_p20": rounded(p20, 4), "ms_p50": rounded(p50, 4), "ms_p80": rounded(p80, 4),
+            "peak_mib": rounded(self.peak_mib, 2), "samples": len(self.ms), "status": self.status,
+        }  # fmt: skip
+
+    @property
+    def median(self) -> float:
+        return quantiles(self.ms)[1]
+
+
 def quantiles(ms: list[float]) -> tuple[float, float, float]:
-    """20, 50 and 80 % of the samples; of a single one, thrice that."""
-    if len(ms) == 1:
-        return ms[0], ms[0], ms[0]
+    """20, 50 and 80 % of the samples; of a single one, thrice that; of none, thrice NaN."""
+    if len(ms) < 2:
+        only = ms[0] if ms else math.nan
+        return only, only, only
     tenths = statistics.quantiles(ms, n=10)
     return tenths[1], tenths[4], tenths[7]
+
+
+def take_turns(
+    candidates: Mapping[str, Call | str],
+    check: Callable[[str, Any], str | None],
+    device: torch.device,
+    seconds: float,
+    rounds: int = 7,
+    dense: tuple[str, ...] = ("dense",),
+) -> dict[str, Taken]:
+    """Time candidates in turns, but those whose first result is wrong.
+
+    Args:
+        candidates: by name; text instead of a call says why there is none.
+        check: given a candidate's name and first result, what is wrong with it.
+        device: where it all runs.
+        seconds: to take in all, and at least ``rounds`` turns.
+        dense: names that take turns however slow they are.
+    """
+    found: dict[str, Taken] = {}
+    calls: dict[str, Call] = {}
+    patience = math.inf
+    for name, call in candidates.items():
+        if isinstance(call, str):
+            found[name] = Taken([], status=call)
+            continue
+        try:
+            wrong = check(name, call())
+            once, peak = _once(call, device)
+        except Exception as error:  # a library's, a compiler's or a card's: the others go on
+            found[name] = Taken([], status=f"failed: {said(error)}")
+            continue
+        if wrong:
+            found[name] = Taken([], status=f"wrong: {wrong}")
+            continue
+        if name in dense:
+            patience = min(patience, max(SLOW * once, SLOW_MS))
+        is_slow = name not in dense and once > patience
+        found[name] = Taken([once] if is_slow else [], peak)
+        if not is_slow:
+            calls[name] = call
+    if calls:
+        taken = interleaved(list(calls.values()), device, seconds, rounds)
+        for name, ms in zip(calls, taken, strict=True):
+            found[name] = Taken(ms, found[name].peak_mib)
+    return found
+
+
+def said(error: Exception) -> str:
+    """An error's kind and first line, of a length that a table bears."""
+    first = next(iter(str(error).strip().splitlines()), "")
+    return f"{type(error).__name__}: {first}"[:160].rstrip(": ")
+
+
+def _once(call: Call, device: torch.device) -> tuple[float, float]:
+    """Milliseconds of one call, and MiB that it takes on a GPU at its peak."""
+    if device.type == "cpu":
+        start = time.perf_counter()
+        call()
+        return 1e3 * (time.perf_counter() - start), math.nan
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    start = time.perf_counter()
+    call()
+    torch.cuda.synchronize(device)
+    took = 1e3 * (time.perf_counter() - start)
+    return took, (torch.cuda.max_memory_allocated(device) - before) / 2**20
+
+
+def fastest(taken: Mapping[str, Taken], names: tuple[str, ...]) -> float:
+    """The least median of those that were measured; NaN where none was."""
+    found = [taken[name].median for name in names if name in taken and taken[name].ms]
+    return min(found, default=math.nan)
+
+
+def interleaved(
+    calls: list[Call], device: torch.device, seconds: float, rounds: int
+) -> list[list[float]]:
+    """Milliseconds of each call, sample by sample, in turns; on a GPU with a cold L2 cache."""
+    if device.type == "cpu":
+        return samples_ms(calls, device, seconds, rounds)
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    # writing it puts out what the call before left there, and keeps the GPU busy meanwhile
+    flush = torch.empty(max(4 * cache, 2**28), dtype=torch.int8, device=device)
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in calls]
+    samples: list[list[float]] = [[] for _ in calls]
+    for call in calls:
+        call()
+    end = time.perf_counter() + seconds
+    while len(samples[0]) < rounds or time.perf_counter() < end:
+        for call, (start, stop) in zip(calls, events, strict=True):
+            flush.zero_()
+            start.record()
+            call()
+            stop.record()
+        torch.cuda.synchronize(device)
+        for taken, (start, stop) in zip(samples, events, strict=True):
+            taken.append(start.elapsed_time(stop))
+    return samples
+
+
+def difference(out: Any, expected: torch.Tensor, most: float | None = None) -> str | None:
+    """What is wrong with a result: how far it is from what is expected, relative to the largest.
+
+    Args:
+        out: a tensor or an array.
+        expected: fp64.
+        most: allowed; by default 1e-4, and 2e-2 in 16 bits.
+    """
+    out = torch.as_tensor(out)
+    if out.shape != expected.shape:
+        return f"shape {list(out.shape)} instead of {list(expected.shape)}"
+    if most is None:
+        most = 2e-2 if out.dtype.itemsize == 2 else 1e-4
+    largest = expected.abs().max()
+    error = (out.double() - expected.to(out.device)).abs().max()
+    error = error / largest if largest else error
+    return None if error <= most else f"relative error {error:.1e}"
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a product takes at least: operations, and bytes in and out."""
+
+    operations: float
+    bytes: float
+
+    def fields(self, ms: float) -> dict[str, float]:
+        """The rates of a row, of a provider that took so long."""
+        return {
+            "tflops": significant(self.operations / ms / 1e9),
+            "gb_s": significant(self.bytes / ms / 1e6),
+        }
+
+
+def product(m: int, n: int, k: int, density: float, itemsize: int) -> Work:
+    """The work of ``[M, K] @ [N, K]^T`` with that share of the weights."""
+    weights = n * k * density
+    return Work(2 * m * weights, itemsize * (weights + m * k + m * n))
 
 
 def add_arguments(command: argparse.ArgumentParser, name: str, seconds: float, of: str) -> None:
@@ -35,8 +205,10 @@ def add_arguments(command: argparse.ArgumentParser, name: str, seconds: float, o
         seconds: the default.
         of: for what so many seconds are taken, in words.
     """
-    command.add_argument("--seconds", type=float, default=seconds, help=of)
-    command.add_argument("--threads", type=int, default=2)
+    command.add_argument(
+        "--seconds", type=float, default=seconds, help=f"{of}; default {seconds:g}"
+    )
+    command.add_argument("--threads", type=int, default=2, help="of PyTorch; default 2")
     add_out(command, name)
 
 
@@ -64,9 +236,12 @@ def prepare(arguments: argparse.Namespace, is_whole: bool = True) -> None:
         is_whole: whether all of the grid is to be measured.
 
     Raises:
-        ValueError: fewer threads than one; a part of the grid without ``--out``.
+        ValueError: fewer threads than one, no number of seconds; a part of the grid without
+            ``--out``.
     """
     settle_out(arguments, is_whole)
+    if not 0 <= arguments.seconds < math.inf:
+        raise ValueError(f"--seconds must be 0 or more, got {arguments.seconds}")
     if arguments.threads < 1:
         raise ValueError(f"--threads must be at least 1, got {arguments.threads}")
     torch.manual_seed(0)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import subprocess
 import sys
 
 import pytest
 
 from bench import __main__ as command_line
-from bench import conv, roofline, rows, serving, timed
+from bench import conv, models, roofline, rows, serving, timed, training
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +48,13 @@ def test_a_stop_keeps_the_file_and_what_was_measured(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["x.csv"]
 
 
+def test_what_was_not_measured_survives_the_file(tmp_path):
+    path = tmp_path / "x.csv"
+    rows.append(path, Row(math.nan), Row(1.0))
+    assert path.read_text().split() == ["ms", "-", "1.0"]
+    assert rows.read(path, Row) == [Row(math.nan), Row(1.0)]
+
+
 def test_nothing_measured_replaces_nothing(tmp_path):
     path = tmp_path / "x.csv"
     rows.write(path, [Row(1.0)])
@@ -58,33 +66,24 @@ def test_nothing_measured_replaces_nothing(tmp_path):
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["serving", "--rows", "1"],
-        ["serving", "--blocks", "16", "32"],
-        ["serving", "--dtypes", "float32"],
-        ["serving", "--sparsities", "0.9"],
-        ["conv", "--batch", "1"],
-        ["conv", "--dtype", "bfloat16"],
+        ["sweep", "serve", "--rows", "1"],
+        ["sweep", "serve", "--blocks", "16", "32"],
+        ["sweep", "serve", "--dtype", "float32"],
+        ["sweep", "serve", "--sparsities", "0.9"],
+        ["sweep", "conv", "--batch", "1"],
+        ["sweep", "conv", "--dtype", "bfloat16"],
+        ["sweep", "train", "--quick"],
+        ["sweep", "model", "--quick"],
         ["roofline", "--cards", "H200"],
     ],
 )
 def test_a_part_of_a_grid_needs_a_file_of_its_own(arguments, results, monkeypatch, capsys):
-    for module, names in ((serving, ["measure"]), (conv, ["measure"]), (roofline, ["predict"])):
-        for name in names:
-            monkeypatch.setattr(module, name, None)
+    for module in (serving, conv, training, models):
+        monkeypatch.setattr(module, "measure", None)
+    monkeypatch.setattr(roofline, "predict", None)
     assert run(monkeypatch, *arguments) == 2
     assert "needs --out" in capsys.readouterr().err
     assert list(results.iterdir()) == []
-
-
-def test_a_part_of_a_grid_is_measured_with_out(results, monkeypatch, capsys):
-    path = results / "own.csv"
-    monkeypatch.setattr(serving, "SHAPES", ((64, 64),))
-    narrow = ["--rows", "3", "--blocks", "16", "--sparsities", "0.5", "--dtypes", "float32"]
-    threads = ["--threads", "1", "--seconds", "0"]
-    assert run(monkeypatch, "serving", *narrow, *threads, "--out", str(path)) == 0
-    assert rows.read(path, serving.Row)[0].M == 3
-    assert "float32, block 16" in capsys.readouterr().out
-    assert [file.name for file in results.iterdir()] == ["own.csv"]
 
 
 def test_the_whole_grid_has_a_default(results):

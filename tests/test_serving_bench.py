@@ -1,22 +1,26 @@
 import dataclasses
+import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from sgtriton_kernels import BlockSparse
 from torch import nn
 
 import sgtriton
-from bench import native, report, rows, serving
+from bench import native, report, rows, serving, serving_tables
 
 
-def cell_rows(m=5):
+def made(dtype=torch.float32):
     torch.manual_seed(0)
-    dense = serving.pruned_layer(64, 96, 16, 0.5, torch.float32)
+    dense = serving.pruned_layer(64, 96, 16, 0.5, dtype)
     weight = dense.weight.detach()
     matrix = BlockSparse.from_dense(weight, (16, 16))
     model = sgtriton.sparsify(nn.Sequential(dense), form="sparse", block=(16, 16))
-    return serving.measure(model[0], weight, matrix, m, 0.5, seconds=0.01)
+    return serving.Served(model[0], weight, matrix)
+
+
+def cell_rows(m=5):
+    return serving.measure(made(), m, 0.5, seconds=0.01)
 
 
 def test_pruned_layers_have_the_sparsity_asked_for():
@@ -30,22 +34,23 @@ def test_rows_survive_the_csv(tmp_path):
     for row in measured:
         rows.append(tmp_path / "serving.csv", row)
     assert rows.read(tmp_path / "serving.csv", serving.Row) == measured
-    names = [row.candidate for row in measured]
+    names = [row.provider for row in measured]
+    assert {row.status for row in measured} == {rows.MEASURED}
     assert names[0] == "dense"
     assert {"sgtriton", "sgtriton, product over blocks", "torch.sparse BSR"} <= set(names)
-    assert min(row.ratio for row in measured if row.candidate in serving.DENSE) == 1
-    assert "float32, block 16" in serving.table(measured)
+    assert min(row.ratio for row in measured if row.provider in serving.DENSE) == 1
+    assert "float32, block 16" in serving_tables.table(measured)
 
 
 def test_cells_say_who_was_faster():
     template = cell_rows()[0]
 
-    def row(candidate, ms, ratio):
+    def row(provider, ms, ratio):
         return dataclasses.replace(
-            template, candidate=candidate, ms_p50=ms, ratio=ratio, density=0.5, form="sparse"
+            template, provider=provider, ms_p50=ms, ratio=ratio, density=0.5, form="sparse"
         )
 
-    (cell,) = serving.cells(
+    (cell,) = serving_tables.cells(
         [row("dense", 2.0, 1.0), row("sgtriton", 1.25, 0.625), row("torch.sparse BSR", 1.0, 0.5),
          row("scipy BSR", 3.0, 1.5)]
     )  # fmt: skip
@@ -53,40 +58,54 @@ def test_cells_say_who_was_faster():
     assert cell.speedup == pytest.approx(1.6)
     assert cell.share == pytest.approx(0.8)
     assert (cell.best_peer, cell.ahead) == ("torch.sparse BSR", pytest.approx(0.25))
-    assert "ahead by 25%" in serving.losses([cell])
-    assert "of dense" not in serving.losses([cell])
-    assert serving.losses([dataclasses.replace(cell, ahead=0.0)]) == "- none"
-    assert "0.90 of dense" in serving.losses([dataclasses.replace(cell, speedup=0.9)])
+    assert "ahead by 25%" in serving_tables.losses([cell])
+    assert "of dense" not in serving_tables.losses([cell])
+    assert serving_tables.losses([dataclasses.replace(cell, ahead=0.0)]) == "- none"
+    assert "0.90 of dense" in serving_tables.losses([dataclasses.replace(cell, speedup=0.9)])
     short = dataclasses.replace(cell, dense_ms=0.1, share=0.01)
-    assert serving.mean_share([cell, short]) == pytest.approx(0.8)
-
-
-def calls_of_a_cell(dtype):
-    torch.manual_seed(0)
-    dense = serving.pruned_layer(64, 96, 16, 0.5, dtype)
-    weight = dense.weight.detach()
-    matrix = BlockSparse.from_dense(weight, (16, 16))
-    layer = sgtriton.sparsify(nn.Sequential(dense), form="sparse", block=(16, 16))[0]
-    x = torch.randn(5, 96).to(dtype)
-    return serving.candidates(layer, weight, matrix, x, 1), F.linear(x.float(), weight.float())
+    assert serving_tables.mean_share([cell, short]) == pytest.approx(0.8)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.inference_mode()
-def test_a_wrong_result_is_not_timed(dtype):
-    calls, reference = calls_of_a_cell(dtype)
-    off = 1.015 if dtype == torch.float32 else 1.03
-    for name, call in calls.items():
-        out = call()
-        serving._check(name, out, reference)
-        wrong = [off * out[0]] if isinstance(out, list) else off * out  # pyright: ignore
-        with pytest.raises(ValueError, match=f"{name} is wrong"):
-            serving._check(name, wrong, reference)
+def test_a_wrong_result_is_not_timed(dtype, monkeypatch):
+    of, candidates = made(dtype), serving.candidates
+    for name in candidates(of, torch.randn(5, 96, dtype=dtype), 1):
+        calls = []
+
+        def planted(*arguments, name=name, calls=calls):
+            found = candidates(*arguments)
+            call = found[name].call
+            off = 1.001 if dtype == torch.float32 else 1.03
+
+            def wrong():
+                calls.append(name)
+                return off * torch.as_tensor(call())
+
+            return found | {name: dataclasses.replace(found[name], call=wrong)}
+
+        monkeypatch.setattr(serving, "candidates", planted)
+        by_name = {row.provider: row for row in serving.measure(of, 5, 0.5, 0.0)}
+        assert by_name[name].status.startswith("wrong: relative error")
+        assert math.isnan(by_name[name].ms_p50)
+        assert len(calls) == 2  # to look at it, and no more than once beside
+        others = [row.status for row in by_name.values() if row.provider != name]
+        assert set(others) == {rows.MEASURED}
+
+
+def test_rates_are_those_of_what_is_kept():
+    by_name = {row.provider: row for row in cell_rows()}
+    dense, blocks = by_name["dense"], by_name[serving.BLOCKS_ONLY]
+    operations = 2 * 5 * 64 * 96
+    assert dense.tflops == pytest.approx(operations / dense.ms_p50 / 1e9, rel=1e-3)
+    assert blocks.tflops == pytest.approx(operations / 2 / blocks.ms_p50 / 1e9, rel=1e-3)
+    moved = 4 * (64 * 96 / 2 + 5 * 96 + 5 * 64)
+    assert blocks.gb_s == pytest.approx(moved / blocks.ms_p50 / 1e6, rel=1e-3)
 
 
 def cell(**changed):
-    plain = serving.Cell(
-        "float32", 16, 0.9, 16, 1024, 4096, "sparse", dense_ms=1.0, speedup=2.0, share=0.2,
+    plain = serving_tables.Cell(
+        "float32", 16, 0.9, 16, 1024, 4096, "sparse", 0.1, dense_ms=1.0, speedup=2.0, share=0.2,
         best_peer="scipy BSR", ahead=-0.5,
     )  # fmt: skip
     return dataclasses.replace(plain, **changed)
@@ -94,7 +113,7 @@ def cell(**changed):
 
 def test_losses_are_counted_by_block():
     half = cell(dtype="bfloat16", best_peer="-", ahead=0.0, speedup=0.73)
-    lines = serving.losses_in_short(
+    lines = serving_tables.losses_in_short(
         [
             cell(),
             cell(M=1, ahead=0.06, sparsity=0.5),
@@ -115,7 +134,7 @@ def test_losses_are_counted_by_block():
     )
     assert large == "blocks of 32x32, float32: a peer ahead by more than 5% in 0 of 1 cells"
     assert max(map(len, lines.splitlines())) <= 100
-    assert "0 of 1 cells\n" in serving.losses_in_short([cell()]) + "\n"
+    assert "0 of 1 cells\n" in serving_tables.losses_in_short([cell()]) + "\n"
 
 
 def test_readme_gets_the_table_and_the_losses_between_its_marks():
@@ -123,7 +142,7 @@ def test_readme_gets_the_table_and_the_losses_between_its_marks():
     text = report.readme_with_tables(f"before\n{begin}old\n{end}after\n")
     assert text.startswith(f"before\n{begin}| block |")
     assert text.endswith(f"{end}after\n")
-    assert serving.losses_in_short(report.serving_cells()) in text
+    assert serving_tables.losses_in_short(report.serving_cells()) in text
     assert "old" not in text
     assert report.readme_with_tables(text) == text
     for without in (f"{begin}old\n", f"old\n{end}", "old\n", text + text):

@@ -1,3 +1,7 @@
+import argparse
+import math
+
+import pytest
 import torch
 from torch import nn
 
@@ -7,7 +11,7 @@ from sgtriton import GatedLinear
 
 def test_rows_of_every_candidate_survive_the_csv(tmp_path):
     shape, path = (8, 64, 96), tmp_path / "training.csv"
-    layers: dict[str, nn.Module] = {
+    layers: dict[str, nn.Linear] = {
         "dense": nn.Linear(96, 64),
         "sgtriton": training.make_gated(64, 96, (1, 1), "threshold", 0.5),
     }
@@ -15,7 +19,7 @@ def test_rows_of_every_candidate_survive_the_csv(tmp_path):
     measured = training.measure(layers, shape, "threshold", (1, 1), 0.5, seconds=0.01)
     rows.write(path, measured)
     assert rows.read(path, training.Row) == measured
-    assert [row.candidate for row in measured] == list(layers)
+    assert [row.provider for row in measured] == list(layers)
     assert measured[0].ratio == 1
     assert "eager gating" in training.table(measured)
 
@@ -53,3 +57,55 @@ def test_a_cycle_of_steps_lets_gates_reopen_once():
 
     training._whole_cycle(layer, watched)()
     assert moved == [True] + [False] * (training.CYCLE - 1)
+
+
+def cell(kind="threshold", block=(1, 1)):
+    layers = {
+        "dense": nn.Linear(96, 64),
+        "sgtriton": training.make_gated(64, 96, block, kind, 0.5),
+    }
+    return {r.provider: r for r in training.measure(layers, (8, 64, 96), kind, block, 0.5, 0.0)}
+
+
+@pytest.mark.parametrize("kind", ["threshold", "bernoulli"])
+@pytest.mark.parametrize("wrong", ["y", "dx", "dW", "dbias", "dgate"])
+def test_a_wrong_step_is_listed_and_not_timed(kind, wrong, monkeypatch):
+    assert cell(kind)["sgtriton"].is_measured
+    step = training.make_step
+
+    def planted(layer, x, dy):
+        def call():
+            y = step(layer, x, dy)()
+            if isinstance(layer, GatedLinear):
+                tensors = {
+                    "y": y, "dx": x.grad, "dW": layer.weight.grad, "dbias": layer.bias.grad,
+                    "dgate": layer.gate.grad,
+                }  # fmt: skip
+                tensors[wrong].view(-1)[0] += 0.01 * tensors[wrong].abs().max()
+            return y
+
+        return call
+
+    monkeypatch.setattr(training, "make_step", planted)
+    found = cell(kind)
+    assert found["sgtriton"].status.startswith(f"wrong: {wrong}, relative error")
+    assert math.isnan(found["sgtriton"].ms_p50)
+    assert found["dense"].is_measured
+
+
+def test_every_candidate_for_blocks_is_right(tmp_path):
+    shape = (8, 64, 96)
+    layers = training.per_block(shape)
+    measured = training.measure(layers, shape, "threshold", training.BLOCK, training.CLOSED, 0.0)
+    assert {r.provider: r.status for r in measured} == dict.fromkeys(layers, rows.MEASURED)
+    section = training.SWEEP.section(measured, "", "training.csv")
+    assert "| 8, 64, 96 | threshold | 32x32 | sgtriton, frozen |" in section
+    assert "peak" not in section
+
+
+def test_what_cannot_be_compiled_is_named(monkeypatch):
+    monkeypatch.setattr(training.peers.shutil, "which", lambda _: None)
+    (row,) = training.missing(argparse.Namespace(device="cpu", dtype=None))
+    assert row.status.startswith("missing: no C++ compiler")
+    assert training.COMPILED not in training.per_weight((8, 64, 96), "threshold")
+    assert "no C++ compiler" in "".join(rows.notes([row]))
