@@ -1,4 +1,4 @@
-"""Write README_BENCH.md from the CSVs in ``bench/results``."""
+"""Write README_BENCH.md from the CSVs in ``bench/results``, and draw their charts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from sgtriton_kernels.cards import CARD_NAMES
 
-from . import accuracy, bandwidth, native, overhead, roofline, serving, serving_tables
+from . import accuracy, bandwidth, charts, native, overhead, roofline, serving, serving_tables
 from .rows import RESULTS, read
 from .sweep import SWEEPS
 
@@ -26,7 +26,8 @@ figure was measured, beside what it is compared with; what is not here was not m
 
 `python -m bench sweep train|serve|conv|model` measures a grid again, with `--device cuda` on a
 card, with `--quick --out FILE` a small one; a run that was stopped goes on where it was. Then
-`python -m bench report` writes this page. Losses are shown like gains.
+`python -m bench report` writes this page and its charts. A point marked as slower is shown like
+any other.
 
 """
 
@@ -80,11 +81,27 @@ def _sweep(name: str, folder: Path) -> str:
     rows = read(file, sweep.row)
     on = "" if folder == RESULTS or not rows else f" on {rows[0].device}"
     shown = f"bench/{file.relative_to(RESULTS.parent).as_posix()}"
-    return sweep.section(rows, on, shown)
+    return sweep.section(rows, on, shown) + charts.markdown(_charts(name, folder))
+
+
+def _charts(name: str, folder: Path) -> list[charts.Chart]:
+    sweep = SWEEPS[name]
+    prefix = "" if folder == RESULTS else f"{folder.name}_"
+    return charts.of(sweep.file, read(folder / f"{sweep.file}.csv", sweep.row), prefix)
 
 
 def _cards_folders() -> list[Path]:
     return sorted(path for path in RESULTS.iterdir() if path.is_dir())
+
+
+def all_charts() -> list[charts.Chart]:
+    """The charts of all results."""
+    return [
+        chart
+        for folder in (RESULTS, *_cards_folders())
+        for name in SWEEPS
+        for chart in _charts(name, folder)
+    ]
 
 
 def _lines(path: Path) -> list[dict[str, str]]:
@@ -182,7 +199,7 @@ def page() -> str:
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add ``report`` to the command line."""
     command = commands.add_parser(
-        "report", help="write README_BENCH.md and README.md's table from the CSVs"
+        "report", help="write README_BENCH.md, its charts and README.md's table from the CSVs"
     )
     command.set_defaults(run=_run)
 
@@ -192,4 +209,9 @@ def _run(arguments: argparse.Namespace) -> int:
     PAGE.write_text(page(), encoding="utf-8")
     README.write_text(readme, encoding="utf-8")
     print(f"wrote {PAGE.name} and the serving table of {README.name}")
+    try:
+        written = charts.write(all_charts())
+    except ImportError as error:
+        raise ValueError(f"charts are as they were: {error} (pip install matplotlib)") from error
+    print(f"drew {len(written) // 2} charts into {charts.FOLDER}")
     return 0

@@ -68,6 +68,7 @@ def test_results_of_a_card_get_sections_of_their_own(tmp_path, monkeypatch):
     text = report.page()
     assert "## Serving a pruned linear layer on NVIDIA H100 80GB HBM3\n" in text
     assert "python -m bench sweep serve --device cuda" in text
+    assert "docs/bench/nvidia-h100-80gb-hbm3_serving_heat_float32.svg" in text
     head = text.split("## What ran where")[0]
     assert "H200" in head
     assert "H100" not in head
