@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import csv
-import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from sgtriton_kernels.cards import CARD_NAMES
+from sgtriton_kernels.cards import CARD_NAMES, card
 
 from . import accuracy, bandwidth, charts, native, overhead, roofline, serving, serving_tables
 from .rows import RESULTS, read
@@ -132,18 +131,9 @@ def _values(rows: list[dict[str, str]], names: tuple[str, ...]) -> str:
 
 
 def not_measured(devices: Iterable[str]) -> list[str]:
-    """The cards of ``cards.json`` that are none of the devices."""
-    return [name for name in CARD_NAMES if not any(is_card(device, name) for device in devices)]
-
-
-_BESIDE = re.compile(r"nvidia|amd|geforce|radeon|instinct|tesla|graphics|oam|sxm\d*|hbm\w*|\d+gb")
-
-
-def is_card(device: str, name: str) -> bool:
-    """Whether a driver's name for a device is that of a card, and of no variant of it."""
-    said, wanted = (set(re.findall(r"[a-z0-9]+", text.lower())) for text in (device, name))
-    wanted -= {"sxm"}
-    return wanted <= said and all(map(_BESIDE.fullmatch, said - wanted))
+    """The cards of ``cards.json`` of which no device is one, by its driver's name for it."""
+    found = {device.strip() for device in devices}
+    return [name for name in CARD_NAMES if not found.intersection(card(name).device_names)]
 
 
 def compiled_table(rows: list[dict[str, str]]) -> str:
