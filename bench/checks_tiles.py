@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from sgtriton_kernels import bsr_linear, bsr_linear_ref
 from sgtriton_kernels._triton import is_native
+from sgtriton_kernels.bsr_library import library_serves
 from sgtriton_kernels.bsr_product import bsr_linear_dvalues, bsr_linear_dx
-from sgtriton_kernels.bsr_row import library_serves
 from sgtriton_kernels.candidates import Candidate, named
 from sgtriton_kernels.tiles import BsrTile
 

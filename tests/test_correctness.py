@@ -12,6 +12,7 @@ import pytest
 import torch
 from sgtriton_kernels import bsr_matmul
 from sgtriton_kernels._triton import INTERPRETED
+from sgtriton_kernels.bsr_torch import bsr_linear_torch
 from sgtriton_kernels.candidates import named
 
 from bench import checks_large, correctness, judge
@@ -84,7 +85,7 @@ PLANTED = {
 @pytest.mark.parametrize("name", PLANTED)
 def test_a_planted_fault_is_found_and_the_next_check_runs(name, monkeypatch):
     change, status, detail = PLANTED[name]
-    plain = bsr_matmul.bsr_linear_torch
+    plain = bsr_linear_torch
     monkeypatch.setattr(bsr_matmul, "bsr_linear_torch", lambda *a: change(plain(*a)))
     chosen = linear_checks()
     merge = [c for c in correctness.checks(PLACE) if c.op == "merge_blocks"][:1]
