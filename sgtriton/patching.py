@@ -11,7 +11,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from sgtriton_kernels.blocks import Block
@@ -21,6 +21,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import UninitializedTensorMixin  # pyright: ignore
 from torch.nn.utils.parametrize import ParametrizationList
 
+from .block_choice import blocks_of_layers
 from .layers import (
     ADDED_NAMES,
     GATED_TYPES,
@@ -58,13 +59,15 @@ class Skipped:
 
 def patch(
     model: Model,
-    block: Block = (32, 32),
+    block: Block | Literal["auto"] = (32, 32),
     gate: str = "threshold",
     init: float = 0.9,
     include: Pattern = None,
     exclude: Pattern = None,
     sync_noise: bool = False,
     reopen_every: int = 1,
+    card: str | None = None,
+    target: float | None = None,
 ) -> Model:
     """Put gates on the weights of a model's ``Linear``, ``Conv1d`` and ``Conv2d`` layers.
 
@@ -78,7 +81,9 @@ def patch(
         model: changed in place; layers keep their identity, Parameters, hooks and state-dict keys,
             and get one more Parameter, ``gate``.
         block: ``(bn, bk)`` output and input features that one gate covers; ``(1, 1)`` is per
-            weight, ``None`` the whole dimension; cut to the layer's size.
+            weight, ``None`` the whole dimension; cut to the layer's size. ``"auto"``: for each
+            layer the smallest of 16x16, 32x32, 64x64, 128x64 and 128x128 whose expected speed-up at
+            ``target`` is within 10 % of the best one's (:func:`.choose_block`).
         gate: ``"threshold"`` | ``"bernoulli"`` | ``"hard_concrete"``.
         init: first value of the gates, in (0.5, 1]; of ``hard_concrete`` gates the chance that one
             is drawn as exactly 1, in [0.7, 1].
@@ -89,6 +94,9 @@ def patch(
             own otherwise.
         reopen_every: let closed gates move once in so many optimizer steps (``threshold`` only). On
             the others their blocks cost nothing in backward, for gates that cover blocks.
+        card: with ``block="auto"``: where the model will be served, one of
+            ``sgtriton_kernels.cards.CARD_NAMES``, or ``"cpu"``; default: the device it is on.
+        target: with ``block="auto"``: the share of the weights that will be closed.
 
     Returns:
         ``model``.
@@ -97,7 +105,12 @@ def patch(
         ValueError: a block, kind, ``init`` that is not allowed; a pattern that matches no layer; a
             model that is wrapped for distributed training. The model is unchanged then.
     """
-    check_gate_options(block, gate, init)
+    is_auto = isinstance(block, str)
+    if is_auto and block != "auto":
+        raise ValueError(f"block must be two sides or 'auto', got {block!r}")
+    if not is_auto and (card is not None or target is not None):
+        raise ValueError(f"card and target go with block='auto', got block {block}")
+    check_gate_options((1, 1) if is_auto else block, gate, init)
     check_reopen_every(reopen_every, gate)
     _check_unwrapped(model)
     targets, skipped = find_layers(model)
@@ -106,9 +119,14 @@ def patch(
     wanted = matcher(include, "include", names, default=True)
     unwanted = matcher(exclude, "exclude", names, default=False)
     chosen = {n: m for n, m in targets.items() if wanted(n, m) and not unwanted(n, m)}
+    blocks: dict[str, Block] = (
+        {name: found.block for name, found in blocks_of_layers(chosen, target, card).items()}
+        if is_auto
+        else dict.fromkeys(chosen, block)
+    )
     for name, layer in chosen.items():
-        log.info("%s: gated, block %s, %s", name, block, gate)
-        gate_layer(layer, block, gate, init, sync_noise, reopen_every)
+        log.info("%s: gated, block %s, %s", name, blocks[name], gate)
+        gate_layer(layer, blocks[name], gate, init, sync_noise, reopen_every)
     for skip in skipped:
         log.info("%s: not gated: %s", skip.name, skip.reason)
     if chosen:
