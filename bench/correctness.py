@@ -26,7 +26,14 @@ from sgtriton_kernels._impl import resolve_impl
 import sgtriton
 from sgtriton.tables import format_table
 
-from . import checks_blocks, checks_conv, checks_gates, checks_large, checks_tiles
+from . import (
+    checks_blocks,
+    checks_conv,
+    checks_gates,
+    checks_large,
+    checks_penalties,
+    checks_tiles,
+)
 from .judge import Check, Place, SkippedError, WrongError
 from .rows import append, commit, cpu
 from .workers import Lost, in_processes
@@ -62,8 +69,8 @@ def checks(place: Place) -> list[Check]:
         checks_tiles.bsr_linear_tile_checks(place),
         checks_blocks.bsr_linear_checks(place),
         checks_conv.bsr_conv_checks(place),
-        checks_gates.gate_penalties_checks(place),
-        checks_gates.pack_gates_checks(place),
+        checks_penalties.gate_penalties_checks(place),
+        checks_penalties.pack_gates_checks(place),
         checks_conv.bsr_convert_checks(place),
         checks_large.large_checks(place),
     ]
