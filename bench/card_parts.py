@@ -12,7 +12,9 @@ import torch
 from sgtriton_kernels._impl import resolve_impl
 from sgtriton_kernels._triton import INTERPRETED
 
-from sgtriton import tuning
+from sgtriton.products import Product
+from sgtriton.tune_report import Tuned, TuneInterrupted
+from sgtriton.tuning import tune_products
 
 from . import checks_blocks, correctness
 from .rows import append, circumstances
@@ -114,12 +116,16 @@ def tuning_part(deadline: float, folder: Path, device: torch.device) -> Iterator
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
         w = checks_blocks.random_blocks(n, k, (block, block), density, dtype, device)
         seconds = max(left / (len(grid) - i), _SECONDS)
-        report = tuning.tune_products(
-            [tuning.Product("standard", w, (m,), trains=device.type != "cpu")],
-            min(seconds, left), again=True,
-        )  # fmt: skip
+        product = Product("standard", w, (m,), trains=device.type != "cpu")
+        stopped = None
+        try:
+            report = tune_products([product], min(seconds, left), again=True)
+        except TuneInterrupted as error:
+            report, stopped = error.report, error
         for tuned in report.rows:
             append(folder / "tuning.csv", _tuned_row(tuned, device))
+        if stopped is not None:
+            raise stopped
         progress = Progress(i + 1, len(grid), note="; ".join(report.notes))
         yield progress
 
@@ -130,7 +136,7 @@ def _importance(cell: tuple[float, tuple[int, int], int, int]) -> int:
     return _DENSITIES.index(density) + _SHAPES.index(shape) + _BLOCKS.index(block) + _ROWS.index(m)
 
 
-def _tuned_row(tuned: tuning.Tuned, device: torch.device) -> TunedRow:
+def _tuned_row(tuned: Tuned, device: torch.device) -> TunedRow:
     cell, (bn, bk) = tuned.cell, tuned.cell.block
     return TunedRow(
         op=cell.op, dtype=str(cell.dtype).removeprefix("torch."), block=f"{bn}x{bk}",

@@ -270,14 +270,15 @@ def check_files(folder):
 
 
 def test_it_runs_without_any_extra(tmp_path):
-    few = (
-        "from bench import correctness; every = correctness.checks; "
-        "correctness.checks = lambda place: every(place)[::40]"
-    )
-    ran = in_a_process(tmp_path / "out", tmp_path / "cache", 0.2, few)
+    few = """
+from bench import card_parts, correctness
+every = correctness.checks
+correctness.checks = lambda place: every(place)[::40]
+card_parts._SHAPES, card_parts._ROWS, card_parts._BLOCKS = ((64, 64),), (4,), (32,)
+"""
+    ran = in_a_process(tmp_path / "out", tmp_path / "cache", 1, few)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.startswith("part ")
-    assert "correctness  done" in ran.stdout
     check_files(tmp_path / "out")
 
 
