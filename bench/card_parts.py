@@ -11,13 +11,16 @@ from pathlib import Path
 import torch
 from sgtriton_kernels._impl import resolve_impl
 from sgtriton_kernels._triton import INTERPRETED
+from sgtriton_kernels.cards import card_of
+from sgtriton_kernels.records import architecture, device_name
 
+from sgtriton.choice_table import file_name, make_table, measured_entries, write_table
 from sgtriton.products import Product
 from sgtriton.tune_report import Tuned, TuneInterrupted
 from sgtriton.tuning import tune_products
 
 from . import checks_blocks, correctness
-from .rows import append, circumstances
+from .rows import append, circumstances, commit
 
 
 @dataclass(frozen=True)
@@ -102,9 +105,13 @@ _SECONDS = 4.0  # for a product at the least: a few tuned rather than many not r
 
 
 def tuning_part(deadline: float, folder: Path, device: torch.device) -> Iterator[Progress]:
-    """Tune the standard shapes; the user's cache holds what was found, ``tuning.csv`` shows it."""
+    """Tune the standard shapes: ``tuning.csv``, and ``<card>.json``, the table that may ship.
+
+    The user's cache holds what was found as well.
+    """
     grid = list(itertools.product(_DENSITIES, _SHAPES, _BLOCKS, _ROWS))
     grid.sort(key=_importance)
+    rows: list[Tuned] = []
     yield (progress := Progress(0, len(grid)))
     if INTERPRETED and resolve_impl(None, device, "tune") == "triton":
         yield Progress(0, len(grid), note="interpreted kernels are not tuned")
@@ -124,10 +131,20 @@ def tuning_part(deadline: float, folder: Path, device: torch.device) -> Iterator
             report, stopped = error.report, error
         for tuned in report.rows:
             append(folder / "tuning.csv", _tuned_row(tuned, device))
+        rows += report.rows
+        _write_table(folder, device, rows)
         if stopped is not None:
             raise stopped
         progress = Progress(i + 1, len(grid), note="; ".join(report.notes))
         yield progress
+
+
+def _write_table(folder: Path, device: torch.device, rows: list[Tuned]) -> None:
+    arch, called = architecture(device), device_name(device)
+    name = card_of(called, arch) or called
+    facts = {"device": called, "torch": torch.__version__, "commit": commit()}
+    table = make_table(name, arch, "measured", measured_entries(rows), facts)
+    write_table(folder / file_name(name), table)
 
 
 def _importance(cell: tuple[float, tuple[int, int], int, int]) -> int:

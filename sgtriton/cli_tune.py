@@ -14,8 +14,9 @@ import torch
 from sgtriton_kernels import BlockSparse
 from sgtriton_kernels.records import cache_folder
 
+from . import cli_absent
 from .file_layers import stored_layers
-from .options import number, one_of, parse_block
+from .options import check_memory, number, one_of, parse_block, parse_shapes, refuse, share
 from .products import Product
 from .progress import Progress
 from .stored import served_block
@@ -25,7 +26,6 @@ from .tuning import check_may_search, choices_of, tune_products
 _OK, _INTERRUPTED = 0, 130
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _SECONDS, _BLOCK, _SPARSITY, _ROWS = "60", "32x32", "0.9", "1,16,128"
-_MOST = 1 << 31  # elements of a weight, and of what is multiplied with it
 _SEED = 0
 
 
@@ -66,6 +66,7 @@ def add_command(commands: argparse._SubParsersAction[Any]) -> None:
     how.add_argument(
         "--explain", action="store_true", help="time nothing; print what is taken now, and why"
     )
+    cli_absent.add_arguments(tune.add_argument_group("without timing"))
     tune.set_defaults(run=run)
 
 
@@ -74,6 +75,9 @@ def run(arguments: argparse.Namespace) -> int:
     begin = time.perf_counter()
     seconds = number("seconds", arguments.seconds, float)
     check_may_search(seconds)
+    if arguments.blocks or arguments.card is not None:
+        return cli_absent.run(arguments, seconds)
+    refuse(arguments, "shapes or --checkpoint", cli_absent.ALONE)
     products = _products(arguments)
     if arguments.explain:
         _explain(products)
@@ -91,28 +95,22 @@ def _products(arguments: argparse.Namespace) -> list[Product]:
     name = arguments.dtype
     dtype = None if name is None else _DTYPES[one_of("dtype", name, _DTYPES)]
     if arguments.shapes is not None:
-        _refuse(arguments, "shapes", {"rows": "the first size of each shape says them"})
+        refuse(arguments, "shapes", {"rows": "the first size of each shape says them"})
         return _random_products(
-            _shapes(arguments.shapes),
+            parse_shapes(arguments.shapes),
             parse_block(_given(arguments.block, _BLOCK)),
-            _sparsity(_given(arguments.sparsity, _SPARSITY)),
+            share("sparsity", _given(arguments.sparsity, _SPARSITY)),
             dtype or torch.float32,
             device,
             arguments.train,
         )
-    _refuse(arguments, "checkpoint", dict.fromkeys(("block", "sparsity"), "the file says them"))
+    refuse(arguments, "checkpoint", dict.fromkeys(("block", "sparsity"), "the file says them"))
     rows = _rows(_given(arguments.rows, _ROWS))
     return _stored_products(arguments.checkpoint, rows, dtype, device, arguments.train)
 
 
 def _given(text: str | None, default: str) -> str:
     return default if text is None else text
-
-
-def _refuse(arguments: argparse.Namespace, given: str, others: dict[str, str]) -> None:
-    for name, reason in others.items():
-        if (value := getattr(arguments, name)) is not None:
-            raise ValueError(f"{name} does not go with --{given}: {reason}; got {value!r}")
 
 
 def _device(text: str | None) -> torch.device:
@@ -122,28 +120,6 @@ def _device(text: str | None) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("device must be cpu, since PyTorch sees no card here; got 'cuda'")
     return device
-
-
-def _sparsity(text: str) -> float:
-    sparsity = number("sparsity", text, float)
-    if not 0 <= sparsity < 1:
-        raise ValueError(f"sparsity must be in [0, 1), got {sparsity}")
-    return sparsity
-
-
-def _shapes(text: str) -> list[tuple[int, int, int]]:
-    shapes = []
-    for part in text.split(","):
-        match = re.fullmatch(r"(\d{1,18})x(\d{1,18})x(\d{1,18})", part.strip().lower(), re.ASCII)
-        m, n, k = map(int, match.groups()) if match else (0, 0, 0)
-        if not m * n * k:
-            raise ValueError(
-                "shapes must be MxNxK, sizes of 1 or more, with commas between several, such as "
-                f"16x1024x4096; got {part!r}"
-            )
-        _check_memory("shapes", m, n, k, part)
-        shapes.append((m, n, k))
-    return shapes
 
 
 def _rows(text: str) -> tuple[int, ...]:
@@ -157,14 +133,6 @@ def _rows(text: str) -> tuple[int, ...]:
             )
         found.append(int(part))
     return tuple(dict.fromkeys(found))
-
-
-def _check_memory(name: str, m: int, n: int, k: int, given: object) -> None:
-    if max(n * k, m * n, m * k) > _MOST:
-        raise ValueError(
-            f"{name} must be of matrices of up to {_MOST} elements each; got {given}, where M x N, "
-            f"M x K and N x K are {m * n}, {m * k} and {n * k}"
-        )
 
 
 def _random_products(
@@ -229,7 +197,7 @@ def _stored_products(
         elif part.matrix.nnz == 0:
             others.setdefault("no open block", []).append(name)
         else:
-            _check_memory("rows", max(rows), shape[0], shape[1], f"{max(rows)} of {name}")
+            check_memory("rows", max(rows), shape[0], shape[1], f"{max(rows)} of {name}")
             products.append(Product(name, part.matrix.to(device, dtype), rows, trains))
             if (wide := served_block(part.layout)) is not None:
                 merged = part.merged(wide).matrix

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
 
-__all__ = ["number", "one_of", "parse_block"]
+__all__ = [
+    "check_memory", "number", "one_of", "parse_block", "parse_shapes", "refuse", "share",
+]  # fmt: skip
+
+_MOST = 1 << 31  # elements of a weight, and of what is multiplied with it
 
 _T = TypeVar("_T")
 
@@ -49,3 +54,47 @@ def one_of(name: str, text: str, allowed: Iterable[str]) -> str:
     if text not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {text!r}")
     return text
+
+
+def share(name: str, text: str) -> float:
+    """Read the share in [0, 1) that option ``name`` gives."""
+    found = number(name, text, float)
+    if not 0 <= found < 1:
+        raise ValueError(f"{name} must be in [0, 1), got {found}")
+    return found
+
+
+def parse_shapes(text: str) -> list[tuple[int, int, int]]:
+    """Read sizes of products such as ``16x1024x4096,1x64x64``: rows of x, outputs, inputs."""
+    shapes = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d{1,18})x(\d{1,18})x(\d{1,18})", part.strip().lower(), re.ASCII)
+        m, n, k = map(int, match.groups()) if match else (0, 0, 0)
+        if not m * n * k:
+            raise ValueError(
+                "shapes must be MxNxK, sizes of 1 or more, with commas between several, such as "
+                f"16x1024x4096; got {part!r}"
+            )
+        check_memory("shapes", m, n, k, part)
+        shapes.append((m, n, k))
+    return shapes
+
+
+def check_memory(name: str, m: int, n: int, k: int, given: object) -> None:
+    """Raise ``ValueError`` where a product of these sizes is too large to be made."""
+    if max(n * k, m * n, m * k) > _MOST:
+        raise ValueError(
+            f"{name} must be of matrices of up to {_MOST} elements each; got {given}, where M x N, "
+            f"M x K and N x K are {m * n}, {m * k} and {n * k}"
+        )
+
+
+def refuse(arguments: argparse.Namespace, given: str, others: Mapping[str, str]) -> None:
+    """Raise ``ValueError`` where options are given that do not go with ``--given``.
+
+    Args:
+        others: option -> why it does not.
+    """
+    for name, reason in others.items():
+        if (value := getattr(arguments, name)) is not None:
+            raise ValueError(f"{name} does not go with --{given}: {reason}; got {value!r}")

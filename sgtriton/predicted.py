@@ -6,25 +6,20 @@ Such tables are how a card starts (``kernels/sgtriton_kernels/configs``), until 
 from __future__ import annotations
 
 import itertools
-import json
-import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from sgtriton_kernels._triton import version
 from sgtriton_kernels.candidates import ANALYTIC, candidates
 from sgtriton_kernels.cards import card
 from sgtriton_kernels.cell import Cell
 from sgtriton_kernels.lookup import analytic
-from sgtriton_kernels.records import source
 
+from .choice_table import make_table
 from .compilers import Compilers
 from .cross_compile import COPY_ENGINES
-from .files import replace_file
 from .offline import Ranked, rank
 from .roofline import at_sparsity
 
@@ -121,33 +116,8 @@ def table_of(card_name: str, found: Sequence[Predicted]) -> dict[str, Any]:
         for p in found
         if p.gain >= KEPT
     ]
-    return {
-        "card": card_name,
-        "architecture": card(card_name).arch,
-        "status": "predicted",
-        "ranked": len(found),
-        "triton": version(),
-        "source": source("triton"),
-        "entries": entries,
-    }
-
-
-def write_table(path: Path, table: dict[str, Any]) -> None:
-    """Write a table, an entry a line.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    head = {name: value for name, value in table.items() if name != "entries"}
-    lines = [f" {json.dumps(name)}: {json.dumps(value)}," for name, value in head.items()]
-    entries = ",\n".join(f"  {json.dumps(entry)}" for entry in table["entries"])
-    text = "\n".join(["{", *lines, ' "entries": [', entries, " ]", "}"]) + "\n"
-    replace_file(path, text.encode())
-
-
-def file_name(card_name: str) -> str:
-    """The name of a card's table: ``"H100 SXM"`` is ``h100_sxm.json``."""
-    return re.sub(r"[^a-z0-9]+", "_", card_name.lower()) + ".json"
+    facts = {"ranked": len(found)}
+    return make_table(card_name, card(card_name).arch, "predicted", entries, facts)
 
 
 def shown(found: Sequence[Predicted]) -> tuple[list[str], list[list[str]]]:

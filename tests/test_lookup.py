@@ -14,6 +14,7 @@ from sgtriton_kernels.cards import card
 from sgtriton_kernels.cell import Cell
 from sgtriton_kernels.lookup import analytic, choose, full_key, tell
 
+from sgtriton.choice_table import file_name, make_table, write_table
 from sgtriton.tune_cache import write_record
 
 CPU = torch.device("cpu")
@@ -133,13 +134,44 @@ def test_table_that_ships_comes_after_the_users_record(status, gain, source, cac
 
 def test_shipped_tables_name_candidates_and_cards():
     """Every entry is found by the key of some product, and names what can serve it."""
-    for name, entries in records.tables().items():
-        assert name in card(name).name
-        for text, entry in entries.items():
+    for table in records.tables():
+        assert table.architecture == card(table.card).arch
+        for text, entry in table.entries.items():
             key = json.loads(text)
-            assert entry["candidate"] in named(key["op"], "triton", False), (name, text)
+            assert set(key) == set(CELL.key())
+            assert entry["candidate"] in named(key["op"], "triton", False), (table.card, text)
             assert entry["status"] in ("predicted", "measured")
             assert entry["gain"] >= 1
+
+
+@pytest.mark.parametrize(
+    ("device", "arch", "expected"),
+    [
+        ("NVIDIA H100 80GB HBM3", "sm_90", "H100 SXM"), ("NVIDIA H200", "sm_90", "H200"),
+        ("NVIDIA H100 PCIe", "sm_90", "H200"),  # the measured one of its architecture
+        ("NVIDIA A10", "sm_86", None),
+    ],
+)  # fmt: skip
+def test_table_is_that_of_the_card_or_else_of_its_architecture(
+    device, arch, expected, tmp_path, monkeypatch
+):
+    keys = [CELL.key(64), CELL.key(128)]
+    for name, status in (("H100 SXM", "predicted"), ("H200", "measured"), ("L40S", "measured")):
+        entries = [{"key": key, "candidate": "unpack", "gain": 2.0} for key in keys[1:]]
+        table = make_table(name, card(name).arch, status, entries, {})
+        write_table(tmp_path / file_name(name), table)
+    monkeypatch.setattr(records, "_TABLES", tmp_path)
+    monkeypatch.setattr(records, "device_name", lambda _: device)
+    monkeypatch.setattr(records, "architecture", lambda _: arch)
+    records.tables.cache_clear()
+    try:
+        found = records.table_entry(torch.device("cuda"), keys)
+        assert records.table_entry(torch.device("cpu"), keys) is None
+    finally:
+        monkeypatch.undo()
+        records.tables.cache_clear()
+    assert (found and found[0]) == expected
+    assert found is None or found[1]["candidate"] == "unpack"
 
 
 def container(open, side):

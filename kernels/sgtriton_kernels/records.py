@@ -13,13 +13,14 @@ import os
 import platform
 import stat
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ._triton import INTERPRETED, version
-from .cards import card, card_of
+from .cards import card_of
 
 FORMAT = 1
 MOST_BYTES = 1 << 14  # of a record; a longer file is none
@@ -77,17 +78,34 @@ def _read_json(path: Path, most: int) -> Any:
         return None
 
 
+@dataclass(frozen=True)
+class Table:
+    """A table that ships.
+
+    Args:
+        card: whose it is.
+        architecture: of that card.
+        entries: text of a key -> entry, with the table's status.
+    """
+
+    card: str
+    architecture: str
+    entries: dict[str, dict[str, Any]]
+
+
 @functools.cache
-def tables() -> dict[str, dict[str, dict[str, Any]]]:
-    """The tables that ship: name of the card -> text of an entry's key -> entry."""
-    found = {}
-    for path in sorted(_TABLES.glob("*.json")):
-        table = json.loads(path.read_text(encoding="utf-8"))
-        found[table["card"]] = {
-            key_text(entry["key"]): entry | {"status": table["status"]}
-            for entry in table["entries"]
-        }
-    return found
+def tables() -> tuple[Table, ...]:
+    """The tables that ship, measured ones first."""
+    read = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(_TABLES.glob("*.json"))]
+    read.sort(key=lambda table: table["status"] != "measured")
+    return tuple(
+        Table(
+            table["card"],
+            table["architecture"],
+            {key_text(e["key"]): e | {"status": table["status"]} for e in table["entries"]},
+        )
+        for table in read
+    )
 
 
 def key_text(key: Mapping[str, object]) -> str:
@@ -105,13 +123,13 @@ def table_entry(
     """
     if device.type != "cuda" or not tables():
         return None
-    name, arch = device_name(device), architecture(device)
-    own = card_of(name, arch)
-    others = [known for known in tables() if known != own and card(known).arch == arch]
-    for known in [own, *others]:
+    arch = architecture(device)
+    own = card_of(device_name(device), arch)
+    fitting = [table for table in tables() if table.card == own or table.architecture == arch]
+    for table in sorted(fitting, key=lambda table: table.card != own):
         for key in keys:
-            if known in tables() and (entry := tables()[known].get(key_text(key))):
-                return known, entry
+            if (entry := table.entries.get(key_text(key))) is not None:
+                return table.card, entry
     return None
 
 

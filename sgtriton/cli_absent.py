@@ -1,0 +1,148 @@
+"""``sgtriton tune --card`` and ``--blocks``: what is predicted of a device that is absent."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import textwrap
+from pathlib import Path
+
+import torch
+from sgtriton_kernels.cards import CARD_NAMES
+from sgtriton_kernels.cell import Cell
+
+from .block_choice import BLOCKS, BlockChoice, choose_block, where_of
+from .choice_table import file_name, write_table
+from .options import one_of, parse_block, parse_shapes, refuse, share
+from .predicted import predict_cells, shown, table_of
+from .progress import Progress
+from .roofline import at_sparsity
+from .tables import format_table
+
+_OK = 0
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_BLOCK, _SPARSITY, _DTYPE = "32x32", "0.9", "bfloat16"
+
+# options that mean nothing where something is timed
+ALONE = {"out": "only --card writes a table", "target": "it is of --blocks"}
+
+
+def add_arguments(group: argparse._ArgumentGroup) -> None:
+    """Add the options."""
+    group.add_argument(
+        "--card",
+        metavar="NAME",
+        help="compile and rank for a card that need not be here, and write a table marked "
+        f"predicted; one of {', '.join(CARD_NAMES)}",
+    )
+    group.add_argument("--out", metavar="FILE", help="of --card; default: its name with .json")
+    group.add_argument(
+        "--blocks",
+        action="store_true",
+        help="which gate block pays at --target for the weights of --shapes, on --card or a CPU",
+    )
+    group.add_argument("--target", metavar="S", help="share of the weights that will be closed")
+
+
+def run(arguments: argparse.Namespace, seconds: float) -> int:
+    """Run what the options ask for."""
+    refuse(
+        arguments,
+        "blocks" if arguments.blocks else "card",
+        dict.fromkeys(("checkpoint", "rows", "device"), "give --shapes"),
+    )
+    if arguments.shapes is None:
+        raise ValueError("--card and --blocks need --shapes, such as 16x4096x4096")
+    shapes = parse_shapes(arguments.shapes)
+    where = where_of(arguments.card, torch.device("cpu"))
+    if arguments.blocks:
+        return _blocks(arguments, shapes, where)
+    refuse(arguments, "card", {"target": ALONE["target"]})
+    if where == "cpu":
+        raise ValueError(f"card must be one of {', '.join(CARD_NAMES)}, got 'cpu'")
+    return _table(arguments, shapes, where, seconds)
+
+
+def _dtype(arguments: argparse.Namespace, default: str) -> torch.dtype:
+    name = default if arguments.dtype is None else arguments.dtype
+    return _DTYPES[one_of("dtype", name, _DTYPES)]
+
+
+def _table(
+    arguments: argparse.Namespace, shapes: list[tuple[int, int, int]], where: str, seconds: float
+) -> int:
+    """Rank candidates for a card and write its table."""
+    given = arguments.block if arguments.block is not None else _BLOCK
+    bn, bk = parse_block(given)
+    sparsity = share("sparsity", _SPARSITY if arguments.sparsity is None else arguments.sparsity)
+    if bn is None or bk is None or any(side < 16 or side & (side - 1) for side in (bn, bk)):
+        raise ValueError(f"block must have sides that are powers of two >= 16, got {given!r}")
+    out = Path(arguments.out or file_name(where))
+    if not out.parent.is_dir() or out.is_dir():
+        raise ValueError(f"out must be a file in a folder that exists, got {str(out)!r}")
+    dtype = _dtype(arguments, _DTYPE)
+    cells = []
+    for m, n, k in shapes:
+        if bn > n or bk > k:
+            raise ValueError(f"block must fit into the weight {n}x{k}, got {bn}x{bk}")
+        empty = Cell("bsr_linear fwd", "triton", m, n, k, (bn, bk), 0, dtype)
+        cells.append(at_sparsity(empty, sparsity))
+    with Progress(f"compile for {where}", len(cells)) as bar:
+        found = predict_cells(where, cells, seconds, lambda done, count, note: bar.show(done, note))
+    write_table(out, table_of(where, found))
+    headers, rows = shown(found)
+    print(f"{where}: predicted, not measured\n")
+    print(format_table(headers, rows, width=_width()))
+    dropped = {name: why for product in found for name, why in product.dropped.items()}
+    for name, why in dropped.items():
+        _print(f"{name} is skipped: {why}")
+    if len(found) < len(cells):
+        _print(f"{len(found)} of {len(cells)} products were reached in {seconds:g} s")
+    _print(f"wrote {out}: {len(table_of(where, found)['entries'])} of {len(found)} products gain")
+    return _OK
+
+
+def _blocks(arguments: argparse.Namespace, shapes: list[tuple[int, int, int]], where: str) -> int:
+    """Print which block pays for each weight, and where each breaks even."""
+    refuse(
+        arguments,
+        "blocks",
+        {"block": "it is what is asked", "sparsity": "--target says it", "out": ALONE["out"]},
+    )
+    if arguments.target is None:
+        raise ValueError("--blocks needs --target: the share of the weights that will be closed")
+    target = share("target", arguments.target)
+    dtype = _dtype(arguments, "float32" if where == "cpu" else _DTYPE)
+    weights: dict[tuple[int, int], list[int]] = {}
+    for m, n, k in shapes:
+        weights.setdefault((n, k), []).append(m)
+    chosen = {
+        (n, k): choose_block((n, k), target, where, rows, dtype) for (n, k), rows in weights.items()
+    }
+    said = "expected by the cost model" if where == "cpu" else "predicted, not measured"
+    print(f"{where}: {said}; {target:.0%} closed; in brackets the break-even sparsity\n")
+    headers = ["N, K", "M", *(f"{bn}x{bk}" for bn, bk in BLOCKS), "takes"]
+    rows = [
+        [
+            f"{n}, {k}", ", ".join(map(str, weights[n, k])),
+            *(_cell(found, block) for block in BLOCKS), "x".join(map(str, found.block)),
+        ]
+        for (n, k), found in chosen.items()
+    ]  # fmt: skip
+    print(format_table(headers, rows, width=_width()))
+    return _OK
+
+
+def _cell(found: BlockChoice, block: tuple[int, int]) -> str:
+    if block not in found.speedups:
+        return "-"
+    even = found.break_even[block]
+    return f"{found.speedups[block]:.2f}x ({'never' if even == 1 else f'{even:.0%}'})"
+
+
+def _print(text: str) -> None:
+    print(textwrap.fill(text, _width(), subsequent_indent="  "))
+
+
+def _width() -> int:
+    return shutil.get_terminal_size((100, 24)).columns

@@ -1,0 +1,95 @@
+"""``sgtriton tune --card`` and ``--blocks``: predictions, and what is refused before any."""
+
+import json
+import re
+
+import pytest
+from sgtriton_kernels.candidates import UNPACK, Candidate
+from sgtriton_kernels.lookup import analytic
+
+from sgtriton import cli_absent, predicted
+from sgtriton.cli import main
+from sgtriton.offline import Ranked
+
+
+@pytest.fixture
+def ranked(monkeypatch):
+    """As if what comes first but one were a third faster, and filling in the zeros failed."""
+
+    def rank(name, cell, candidates, compilers, deadline):
+        second: Candidate = candidates[1]
+        return [
+            Ranked(second, 3e-6, "memory"),
+            Ranked(analytic(cell).candidate, 4e-6, "waves"),
+            Ranked(UNPACK, dropped="ptxas: too much"),
+        ]
+
+    monkeypatch.setattr(predicted, "rank", rank)
+
+
+def test_table_of_a_card_that_is_absent(ranked, tmp_path, capsys):
+    out = tmp_path / "mine.json"
+    shapes = "16x4096x4096,128x4096x4096"
+    code = main(["tune", "--card", "H100 SXM", "--shapes", shapes, "--out", str(out)])
+    assert code == 0
+    text = capsys.readouterr().out
+    assert text.startswith("H100 SXM: predicted, not measured")
+    assert "1.33x" in text
+    assert "unpack is skipped: ptxas: too much" in text
+    table = json.loads(out.read_text())
+    assert (table["card"], table["status"], table["ranked"]) == ("H100 SXM", "predicted", 2)
+    assert [entry["key"]["rows"] for entry in table["entries"]] == [16, 128]
+    assert table["entries"][0]["key"]["dtype"] == "bfloat16"
+
+
+def test_default_file_is_named_for_the_card(ranked, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["tune", "--card", "RX 7900 XTX", "--shapes", "1x64x64"]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["rx_7900_xtx.json"]
+
+
+def test_blocks_that_pay(capsys):
+    shapes = "1x4096x4096,64x4096x4096,16x20x784"
+    arguments = ["tune", "--blocks", "--shapes", shapes, "--target", "0.9"]
+    assert main([*arguments, "--card", "A100 SXM 80GB"]) == 0
+    text = capsys.readouterr().out
+    assert "A100 SXM 80GB: predicted, not measured; 90% closed" in text
+    lines = [line.split() for line in text.splitlines() if "," in line]
+    assert lines[-1][-1] == "16x16"
+    assert "-" in lines[-1]  # 20 outputs have no block of 32
+    assert main(arguments) == 0
+    assert capsys.readouterr().out.startswith("cpu: expected by the cost model")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--card H100 --shapes 1x64x64", "card must be one of cpu, .*H100 SXM.*, got 'H100'"),
+        ("--card cpu --shapes 1x64x64", "card must be one of .*, got 'cpu'"),
+        ("--card A10", "need --shapes"),
+        ("--blocks", "need --shapes"),
+        ("--blocks --shapes 1x64x64", "--blocks needs --target"),
+        ("--blocks --shapes 1x64x64 --target 1", r"target must be in \[0, 1\), got 1.0"),
+        ("--blocks --shapes 1x64x64 --target .5 --block 32x32", "block does not go with --blocks"),
+        ("--blocks --shapes 1x64x64 --target .5 --sparsity .9", "sparsity does not go with"),
+        ("--blocks --shapes 1x64x64 --target .5 --out f", "out does not go with --blocks"),
+        ("--card A10 --shapes 1x64x64 --block 3x3", "powers of two >= 16, got '3x3'"),
+        ("--card A10 --shapes 1x64x64 --block 16xfull", "powers of two >= 16, got '16xfull'"),
+        ("--card A10 --shapes 1x64x64 --block 128x128", "block must fit into the weight 64x64"),
+        ("--card A10 --shapes 1x64x64 --target .5", "target does not go with --card"),
+        ("--card A10 --shapes 1x64x64 --out /nowhere/f", "out must be a file in a folder"),
+        ("--card A10 --shapes 1x64x64 --dtype fp8", "dtype must be one of .*, got 'fp8'"),
+        ("--card A10 --checkpoint f", "checkpoint does not go with --card"),
+        ("--shapes 1x64x64 --target .5", "target does not go with --shapes or --checkpoint"),
+        ("--shapes 1x64x64 --out f", "out does not go with --shapes or --checkpoint"),
+    ],
+)
+def test_bad_options_are_said_in_a_line(arguments, message, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli_absent, "predict_cells", None)
+    assert main(["tune", *arguments.split()]) == 2
+    printed = capsys.readouterr()
+    assert not printed.out
+    assert re.search(message, printed.err), printed.err
+    assert len(printed.err.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
