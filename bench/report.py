@@ -10,7 +10,17 @@ from pathlib import Path
 
 from sgtriton_kernels.cards import CARD_NAMES, card
 
-from . import accuracy, bandwidth, charts, native, overhead, roofline, serving, serving_tables
+from . import (
+    accuracy,
+    bandwidth,
+    charts,
+    native,
+    overhead,
+    roofline,
+    serving,
+    serving_tables,
+    tuning,
+)
 from .rows import RESULTS, read
 from .sweep import SWEEPS
 
@@ -61,7 +71,9 @@ def sections() -> str:
         text += _sweep(name, RESULTS)
         if name == "serve" and (calls := read(RESULTS / "overhead.csv", overhead.Row)):
             text += overhead.section(calls)
-    for module, file in ((native, "native.csv"), (bandwidth, "bandwidth.csv")):
+    for module, file in (
+        (tuning, "tuning.csv"), (native, "native.csv"), (bandwidth, "bandwidth.csv"),
+    ):  # fmt: skip
         if rows := read(RESULTS / file, module.Row):
             text += module.section(rows)
     for folder in _cards_folders():

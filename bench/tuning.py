@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import statistics
+import textwrap
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -161,6 +162,30 @@ def in_words(found: Iterable[Cell]) -> str:
         f"one takes longer than the reasoned one in "
         f"{sum(t > TUNED_WITHIN * r for t, r in zip(tuned, reasoned, strict=True))}."
     )
+
+
+_SECTION = """
+## What the tuner chooses
+
+Twenty products on {threads} threads of {cpu}, PyTorch {torch}, commit {commit}: the choice that
+`sgtriton tune` makes in 3 seconds for each, and the one that is taken without it, beside the
+fastest of all candidates, each timed in turns with a cold second-level cache. A choice's figure is
+its time by the fastest's. Rerun: `python -m bench tuning`.
+
+"""
+
+
+def section(rows: list[Row]) -> str:
+    """The part of the page."""
+    found = cells(rows)
+    head = [
+        "N, K", "block", "density", "M", "fastest", "ms", "tuned", "by the fastest", "reasoned",
+        "by the fastest",
+    ]  # fmt: skip
+    table = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    table += [f"| {' | '.join(line)} |" for line in lines(found)]
+    text = "\n".join(table) + "\n\n" + textwrap.fill(in_words(found), 100) + "\n"
+    return _SECTION.format(**vars(rows[0])) + text
 
 
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
