@@ -87,6 +87,15 @@ class Problem:
         assert tile is not None
         return bsr_linear_dvalues(dy, x, w.values, w.row, w.col, w.perm, tile)
 
+    def least_seconds(self, count: int) -> float:
+        """About what a search among ``count`` candidates takes at least.
+
+        The products that results are compared with, and each candidate over the stored blocks.
+        """
+        cell = self.cell
+        products = _CHECKS * (1 + count * cell.density)
+        return products * cell.M * cell.N * cell.K / _fp64_rate(self.device)
+
     def wrong(self, candidate: Candidate) -> str | None:
         """Why a candidate's results are wrong, or ``None``.
 
@@ -131,6 +140,20 @@ class Problem:
         if self.cell.op == "bsr_linear dx":
             return dy.double() @ dense
         return _taken(dy.double().T @ x.double(), w)
+
+
+@functools.cache
+def _fp64_rate(device: torch.device) -> float:
+    """Multiply-adds a second of a product in fp64, about."""
+    x, w = (torch.ones(n, 1024, dtype=torch.float64, device=device) for n in (64, 1024))
+    seconds = []
+    for _ in range(3):
+        wait_for(device)
+        begin = time.perf_counter()
+        torch.matmul(x, w)
+        wait_for(device)
+        seconds.append(time.perf_counter() - begin)
+    return x.numel() * len(w) / max(min(seconds), 1e-9)
 
 
 def _taken(whole: torch.Tensor, w: BlockSparse) -> torch.Tensor:

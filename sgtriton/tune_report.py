@@ -90,7 +90,7 @@ class TuneReport:
     def _count(self) -> str:
         text = f"{self.timed} of {len(self.rows)} products timed, {self.seconds:.1f} s"
         missed = sum(row.status == "not reached" for row in self.rows)
-        return text + (f"; {missed} not reached: another run goes on with these" if missed else "")
+        return text + (f"; {missed} not reached: run again, or with more seconds" if missed else "")
 
 
 class TuneInterrupted(KeyboardInterrupt):

@@ -213,6 +213,8 @@ def _tune_one(
     if time.perf_counter() > until:
         return Tuned(item.name, cell, "not reached", present)
     problem = Problem(cell, item.matrix, random)
+    if time.perf_counter() + problem.least_seconds(len(others)) > until:
+        return Tuned(item.name, cell, "not reached", present)
     found = search(
         problem, present.candidate, others, until, lambda text: say(f"{item.label}: {text}")
     )

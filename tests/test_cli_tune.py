@@ -15,10 +15,9 @@ from sgtriton_kernels import bsr_linear, lookup
 from torch import nn
 
 import sgtriton
-from sgtriton import cli_tune, cold, tuning
+from sgtriton import cli_tune, cold, search, tuning
 from sgtriton.cli import main
 from sgtriton.demo.models import make_model
-from sgtriton.search import Found, Problem
 
 SHAPES = ["--shapes", "4x64x64,9x64x64,4x48x96", "--block", "16x16", "--sparsity", "0.5"]
 
@@ -36,12 +35,12 @@ def quick(monkeypatch):
     """Finds at once that filling in the zeros is the fastest; collects what it was asked."""
     asked = []
 
-    def search(problem, present, others, until, say):
+    def found(problem, present, others, until, say):
         asked.append(problem.cell)
         unpack = next(candidate for candidate in others if candidate.name == "unpack")
-        return Found(unpack, 0.25, 0.5, 2.0, 3, {})
+        return search.Found(unpack, 0.25, 0.5, 2.0, 3, {})
 
-    monkeypatch.setattr(tuning, "search", search)
+    monkeypatch.setattr(tuning, "search", found)
     return asked
 
 
@@ -215,8 +214,19 @@ def test_no_time_decides_nothing(cache, capsys):
     assert main(["tune", *SHAPES, "--seconds", "1e-6"]) == 0
     out = capsys.readouterr().out
     assert "0 of 3 products timed" in out
-    assert "3 not reached: another run goes on with these" in out
+    assert "3 not reached: run again, or with more seconds" in out
     assert not list(cache.glob("*.json"))
+
+
+def test_product_that_takes_longer_than_the_time_is_not_begun(
+    cache, quick, timings, monkeypatch, capsys
+):
+    """As if the device computed 3 M multiply-adds a second in fp64."""
+    monkeypatch.setattr(search, "_fp64_rate", lambda device: 3e6)
+    assert main(["tune", "--shapes", "1x64x64,999x64x96", "--seconds", "3"]) == 0
+    _, *rows = table(capsys.readouterr().out)
+    assert [" ".join(row[5:7]) for row in rows] == ["2.00x faster", "not reached"]
+    assert [cell.M for cell in quick] == [1]
 
 
 @pytest.mark.parametrize(
@@ -377,9 +387,9 @@ class _Terminal(io.StringIO):
 @pytest.fixture
 def wrong_loop(monkeypatch):
     """A candidate whose results are wrong."""
-    real = Problem.wrong
+    real = search.Problem.wrong
     monkeypatch.setattr(
-        Problem, "wrong",
+        search.Problem, "wrong",
         lambda self, c: "wrong in 3 of 9 elements" if c.name == "loop" else real(self, c),
     )  # fmt: skip
 
@@ -451,10 +461,10 @@ def test_interrupt_keeps_and_prints_what_was_found(cache, quick, monkeypatch, ca
 
 
 def test_interrupt_of_the_function_is_one_that_carries_the_report(cache, monkeypatch):
-    def search(*unused):
+    def stops(*unused):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tuning, "search", search)
+    monkeypatch.setattr(tuning, "search", stops)
     with pytest.raises(KeyboardInterrupt) as stop:
         tuning.tune_products(random_products(), 60)
     assert stop.value.report.rows == ()
