@@ -276,7 +276,7 @@ every = correctness.checks
 correctness.checks = lambda place: every(place)[::40]
 card_parts._SHAPES, card_parts._ROWS, card_parts._BLOCKS = ((64, 64),), (4,), (32,)
 """
-    ran = in_a_process(tmp_path / "out", tmp_path / "cache", 1, few)
+    ran = in_a_process(tmp_path / "out", tmp_path / "cache", 0.4, few)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.startswith("part ")
     check_files(tmp_path / "out")

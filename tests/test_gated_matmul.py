@@ -298,6 +298,23 @@ def test_gated_linear_is_within_twice_pytorchs_error(shape, block, x_dtype, w_dt
             assert_within_twice(f"{name}, {method}", out, ref, torch_out)
 
 
+@pytest.mark.parametrize("block", [(16, 32), (16, 16), (64, 8), (8, 64)])
+def test_autocast_rounds_no_sums_of_open_blocks(block, device):
+    """Products in fp32 were cast to 16 bits, or failed to be added to sums in fp32."""
+    if device.type != "cpu":
+        pytest.skip("for the torch implementation")
+    layout, (x, w, gate, bias), _ = make((40, 96, 96), block, torch.float32, device, torch.randn)
+    low = x.detach().bfloat16().requires_grad_(), w, gate, bias.detach().bfloat16()
+    dy = torch.randn(40, 96, dtype=torch.bfloat16)
+    found = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            y = gated_linear(*low, block, method="skip", impl="torch")
+            found.append((y.detach(), *torch.autograd.grad(y, (low[0], w, gate), dy)))
+    for name, plain, cast in zip(("y", "dx", "dW", "dg"), *found, strict=True):
+        assert torch.equal(plain, cast), name
+
+
 @pytest.mark.parametrize("block", [(1, 1), (4, 4), (16, 32)])
 def test_autocast_casts_x_and_keeps_the_weights_gradient_wide(block, device, impl):
     layout, inputs, _ = make((17, 24, 48), block, torch.float32, device, torch.randn)

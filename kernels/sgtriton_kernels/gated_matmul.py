@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from . import gated_torch
-from ._autocast import cast_inputs
+from ._autocast import cast_inputs, without_autocast
 from ._impl import resolve_impl
 from ._operands import is_aligned
 from ._ops import grads_with_graph, is_watched, register_op
@@ -271,7 +271,8 @@ def _gated_linear_fwd(
     elif kind == "hard_concrete":
         y = _multiply_fwd(x2, w, gate, bias, seed, layout, kind, impl)
     else:
-        y = gated_torch.forward(x2, w, gate, seed, bias, bits, layout, method)
+        with without_autocast(x.device):
+            y = gated_torch.forward(x2, w, gate, seed, bias, bits, layout, method)
     return _shaped(y, (*x.shape[:-1], w.shape[0])), bits
 
 
@@ -324,7 +325,10 @@ def _gated_linear_bwd(
     elif kind == "hard_concrete":
         dx, dw, dgate = _multiply_bwd(dy2, x2, w, gate, seed, layout, kind, wanted, impl)
     else:
-        dx, dw, dgate = gated_torch.backward(dy2, x2, w, gate, bits, layout, method, wanted, reopen)
+        with without_autocast(x.device):
+            dx, dw, dgate = gated_torch.backward(
+                dy2, x2, w, gate, bits, layout, method, wanted, reopen
+            )
     dx = None if dx is None else _shaped(dx, x.shape)
     # an op gives tensors: empty ones for what nobody needs
     return (
