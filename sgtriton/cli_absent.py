@@ -14,7 +14,7 @@ from sgtriton_kernels.cell import Cell
 from .block_choice import BLOCKS, BlockChoice, choose_block, where_of
 from .choice_table import file_name, write_table
 from .options import one_of, parse_block, parse_shapes, refuse, share
-from .predicted import predict_cells, shown, table_of
+from .predicted import predict_cells, shown, table_of, usual_cells
 from .progress import Progress
 from .roofline import at_sparsity
 from .tables import format_table
@@ -33,7 +33,8 @@ def add_arguments(group: argparse._ArgumentGroup) -> None:
         "--card",
         metavar="NAME",
         help="compile and rank for a card that need not be here, and write a table marked "
-        f"predicted; one of {', '.join(CARD_NAMES)}",
+        "predicted, of --shapes or else of usual layers; one of "
+        f"{', '.join(CARD_NAMES)}",
     )
     group.add_argument("--out", metavar="FILE", help="of --card; default: its name with .json")
     group.add_argument(
@@ -51,16 +52,13 @@ def run(arguments: argparse.Namespace, seconds: float) -> int:
         "blocks" if arguments.blocks else "card",
         dict.fromkeys(("checkpoint", "rows", "device"), "give --shapes"),
     )
-    if arguments.shapes is None:
-        raise ValueError("--card and --blocks need --shapes, such as 16x4096x4096")
-    shapes = parse_shapes(arguments.shapes)
     where = where_of(arguments.card, torch.device("cpu"))
     if arguments.blocks:
-        return _blocks(arguments, shapes, where)
+        return _blocks(arguments, where)
     refuse(arguments, "card", {"target": ALONE["target"]})
     if where == "cpu":
         raise ValueError(f"card must be one of {', '.join(CARD_NAMES)}, got 'cpu'")
-    return _table(arguments, shapes, where, seconds)
+    return _table(arguments, where, seconds)
 
 
 def _dtype(arguments: argparse.Namespace, default: str) -> torch.dtype:
@@ -68,25 +66,12 @@ def _dtype(arguments: argparse.Namespace, default: str) -> torch.dtype:
     return _DTYPES[one_of("dtype", name, _DTYPES)]
 
 
-def _table(
-    arguments: argparse.Namespace, shapes: list[tuple[int, int, int]], where: str, seconds: float
-) -> int:
+def _table(arguments: argparse.Namespace, where: str, seconds: float) -> int:
     """Rank candidates for a card and write its table."""
-    given = arguments.block if arguments.block is not None else _BLOCK
-    bn, bk = parse_block(given)
-    sparsity = share("sparsity", _SPARSITY if arguments.sparsity is None else arguments.sparsity)
-    if bn is None or bk is None or any(side < 16 or side & (side - 1) for side in (bn, bk)):
-        raise ValueError(f"block must have sides that are powers of two >= 16, got {given!r}")
+    cells = _cells(arguments)
     out = Path(arguments.out or file_name(where))
     if not out.parent.is_dir() or out.is_dir():
         raise ValueError(f"out must be a file in a folder that exists, got {str(out)!r}")
-    dtype = _dtype(arguments, _DTYPE)
-    cells = []
-    for m, n, k in shapes:
-        if bn > n or bk > k:
-            raise ValueError(f"block must fit into the weight {n}x{k}, got {bn}x{bk}")
-        empty = Cell("bsr_linear fwd", "triton", m, n, k, (bn, bk), 0, dtype)
-        cells.append(at_sparsity(empty, sparsity))
     with Progress(f"compile for {where}", len(cells)) as bar:
         found = predict_cells(where, cells, seconds, lambda done, count, note: bar.show(done, note))
     write_table(out, table_of(where, found))
@@ -102,13 +87,36 @@ def _table(
     return _OK
 
 
-def _blocks(arguments: argparse.Namespace, shapes: list[tuple[int, int, int]], where: str) -> int:
+def _cells(arguments: argparse.Namespace) -> list[Cell]:
+    """The products that the options name, or the usual ones."""
+    dtype = _dtype(arguments, _DTYPE)
+    if arguments.shapes is None:
+        refuse(arguments, "card", dict.fromkeys(("block", "sparsity"), "give --shapes"))
+        return list(usual_cells(dtype))
+    given = _BLOCK if arguments.block is None else arguments.block
+    bn, bk = parse_block(given)
+    sparsity = share("sparsity", _SPARSITY if arguments.sparsity is None else arguments.sparsity)
+    if bn is None or bk is None or any(side < 16 or side & (side - 1) for side in (bn, bk)):
+        raise ValueError(f"block must have sides that are powers of two >= 16, got {given!r}")
+    cells = []
+    for m, n, k in parse_shapes(arguments.shapes):
+        if bn > n or bk > k:
+            raise ValueError(f"block must fit into the weight {n}x{k}, got {bn}x{bk}")
+        empty = Cell("bsr_linear fwd", "triton", m, n, k, (bn, bk), 0, dtype)
+        cells.append(at_sparsity(empty, sparsity))
+    return cells
+
+
+def _blocks(arguments: argparse.Namespace, where: str) -> int:
     """Print which block pays for each weight, and where each breaks even."""
     refuse(
         arguments,
         "blocks",
         {"block": "it is what is asked", "sparsity": "--target says it", "out": ALONE["out"]},
     )
+    if arguments.shapes is None:
+        raise ValueError("--blocks needs --shapes, such as 16x4096x4096")
+    shapes = parse_shapes(arguments.shapes)
     if arguments.target is None:
         raise ValueError("--blocks needs --target: the share of the weights that will be closed")
     target = share("target", arguments.target)

@@ -48,6 +48,13 @@ def test_default_file_is_named_for_the_card(ranked, tmp_path, monkeypatch, capsy
     assert [path.name for path in tmp_path.iterdir()] == ["rx_7900_xtx.json"]
 
 
+def test_usual_layers_are_ranked_where_no_shapes_are_given(ranked, tmp_path, capsys):
+    out = tmp_path / "t.json"
+    assert main(["tune", "--card", "A10", "--out", str(out)]) == 0
+    table = json.loads(out.read_text())
+    assert table["ranked"] == len(table["entries"]) == len(list(predicted.usual_cells()))
+
+
 def test_blocks_that_pay(capsys):
     shapes = "1x4096x4096,64x4096x4096,16x20x784"
     arguments = ["tune", "--blocks", "--shapes", shapes, "--target", "0.9"]
@@ -66,8 +73,8 @@ def test_blocks_that_pay(capsys):
     [
         ("--card H100 --shapes 1x64x64", "card must be one of cpu, .*H100 SXM.*, got 'H100'"),
         ("--card cpu --shapes 1x64x64", "card must be one of .*, got 'cpu'"),
-        ("--card A10", "need --shapes"),
-        ("--blocks", "need --shapes"),
+        ("--card A10 --block 32x32", "block does not go with --card: give --shapes"),
+        ("--blocks", "--blocks needs --shapes"),
         ("--blocks --shapes 1x64x64", "--blocks needs --target"),
         ("--blocks --shapes 1x64x64 --target 1", r"target must be in \[0, 1\), got 1.0"),
         ("--blocks --shapes 1x64x64 --target .5 --block 32x32", "block does not go with --blocks"),

@@ -303,7 +303,7 @@ def test_autocast_rounds_no_sums_of_open_blocks(block, device):
     """Products in fp32 were cast to 16 bits, or failed to be added to sums in fp32."""
     if device.type != "cpu":
         pytest.skip("for the torch implementation")
-    layout, (x, w, gate, bias), _ = make((40, 96, 96), block, torch.float32, device, torch.randn)
+    _, (x, w, gate, bias), _ = make((40, 96, 96), block, torch.float32, device, torch.randn)
     low = x.detach().bfloat16().requires_grad_(), w, gate, bias.detach().bfloat16()
     dy = torch.randn(40, 96, dtype=torch.bfloat16)
     found = []
