@@ -25,8 +25,8 @@ import sgtriton
 
 from . import peers, roofs, timed
 from .grids import Sweep, Task
-from .rows import Timing, rounded, where
-from .serving_tables import section, table
+from .rows import rounded, where
+from .serving_tables import Row, section, table
 from .timed import DTYPES, Call, Taken
 
 DENSE = ("dense", "dense, fp32 copy")  # of which the faster is 1
@@ -57,14 +57,6 @@ GRIDS = {
     ),
 }  # fmt: skip
 QUICK = Grid(("float32",), (32,), (0.5, 0.9), ((256, 256),), (1, 64))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row(Timing):
-    """One row of the CSV; ``form`` is the one that the layer chose, ``sparsity`` what was asked."""
-
-    form: str
-    sparsity: float
 
 
 def pruned_layer(n: int, k: int, block: int, sparsity: float, dtype: torch.dtype) -> nn.Linear:

@@ -9,15 +9,11 @@ import textwrap
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from sgtriton.tables import format_table
 
-from .rows import details, measured, notes, paragraphs, summary
+from .rows import Timing, details, measured, notes, paragraphs, summary
 from .timed import SLOWER
-
-if TYPE_CHECKING:
-    from .serving import Row
 
 COUNTED_MS = 0.3  # dense times from which a cell counts in means
 AHEAD = 0.05  # of a peer's time, by which ours must be longer for the peer to be called ahead
@@ -34,6 +30,14 @@ Peers, in the same turns: {peers} (onnxruntime's threads do not spin between cal
 `{rerun}`. All cells: `{file}`.
 
 """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row(Timing):
+    """One row of the CSV; ``form`` is the one that the layer chose, ``sparsity`` what was asked."""
+
+    form: str
+    sparsity: float
 
 
 @dataclass(frozen=True)
