@@ -33,6 +33,7 @@ from ._scratch import scratch_parts
 
 # Measured on two AVX2 cores: blocks of 16x16 to 64x64, weights of 1024x1024 to 4096x1024.
 ELEMENTS = 1 << 20  # that a batch gathers and writes, or sums of a band that layers add to
+AT_ONCE = 2  # times as many are one batch, which costs fewer calls
 _BAND = 512  # rows of x at a time, at the most
 _LOOP = 1 << 21  # multiply-adds of a block from which a call for each pays
 _LAYER = 110_000  # elements of the sums that a layer adds to, from which layers pay
@@ -166,7 +167,7 @@ def multiply(
         x = F.pad(x, (0, index.grid[1] * i - x.shape[1]))
     way = way or choose_way(m, (o, i), count, index.grid, lambda: index.longest)[0]
     elements = elements or ELEMENTS
-    if way == "batches" and count * m * (i + o) <= elements:
+    if way == "batches" and count * m * (i + o) <= AT_ONCE * elements:
         return _one_batch(x, weights, index, size, bias)
     out = x.new_empty(m, size)
     step = _BAND

@@ -16,6 +16,7 @@ from .block_products import BlockIndex
 _SMALL = 32  # side of a block, below which it is faster
 _LARGE = 64  # side of a block, above which it is not
 _WEIGHTS = 150_000  # up to which it is in between; half as many for a few rows
+_SHARED = 8  # block rows, below which its threads share them unevenly
 _FEW = 4  # rows of x
 _TINY = 16  # side of a block, below which it is faster for any number of rows, but from
 _MANY = 256  # so many on, where blocks are
@@ -32,13 +33,17 @@ def library_serves(shape: tuple[int, int], block: tuple[int, int], dtype: torch.
     return _HAS_LIBRARY and bn == bk and bn > 1 and whole and dtype.itemsize >= 4
 
 
-def library_is_faster(m: int, block: tuple[int, int], nnz: int, density: float) -> bool:
+def library_is_faster(
+    m: int, block: tuple[int, int], block_rows: int, nnz: int, density: float
+) -> bool:
     """Whether ``m`` rows are multiplied faster by the library than in the other ways."""
     side, weights = block[0], nnz * block[0] * block[1]
     if not nnz or m < 1:
         return False
     if side < _TINY:
         return m < _MANY or density < _DENSE
+    if side >= _SMALL and block_rows < _SHARED:
+        return False
     if m == 1:
         return side < _SMALL or (side <= _LARGE and weights <= _WEIGHTS)
     return m <= _FEW and side <= _LARGE and (side < _SMALL or 2 * weights <= _WEIGHTS)

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from .block_products import ELEMENTS
+from .block_products import AT_ONCE, ELEMENTS
 from .bsr_library import library_serves
 from .cell import Cell
 from .tiles import BsrTile
@@ -211,9 +211,9 @@ def _ways(cell: Cell, found) -> Iterator[Candidate]:
         if way == "library" and not library_serves((cell.N, cell.K), cell.block, cell.dtype):
             continue
         # one batch is one batch, and up to 64 rows of sums are one band
-        if way == "batches" and elements > ELEMENTS and gathered <= ELEMENTS:
+        if way == "batches" and elements > ELEMENTS and gathered <= AT_ONCE * ELEMENTS:
             continue
-        if way == "batches" and elements < ELEMENTS and gathered <= elements:
+        if way == "batches" and elements < ELEMENTS and gathered <= AT_ONCE * elements:
             continue
         if way == "layers" and elements != ELEMENTS and cell.M <= 64:
             continue

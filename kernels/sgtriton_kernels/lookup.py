@@ -146,7 +146,7 @@ def analytic(cell: Cell) -> Choice:
 def _analytic_way(cell: Cell) -> tuple[Candidate, str]:
     known = named(cell.op, cell.impl, cell.native)
     serves = library_serves((cell.N, cell.K), cell.block, cell.dtype)
-    if serves and library_is_faster(cell.M, cell.block, cell.nnz, cell.density):
+    if serves and library_is_faster(cell.M, cell.block, cell.block_rows, cell.nnz, cell.density):
         return known["library"], "few rows, or small blocks: the library's product is one call"
     longest = cell.longest if cell.longest is not None else -(-cell.nnz // cell.block_rows)
     way, reasons = choose_way(
