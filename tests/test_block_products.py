@@ -86,7 +86,7 @@ def test_each_way_is_taken_somewhere(monkeypatch):
             lambda *a, name=name, function=function: taken.add(name) or function(*a),
         )  # fmt: skip
     for grid, side, share, m in (
-        ((9, 200), 16, 0.5, 64), ((32, 9), 32, 0.5, 256), ((9, 9), 64, 0.3, 512),
+        ((9, 300), 16, 0.5, 64), ((32, 9), 32, 0.5, 256), ((9, 9), 64, 0.3, 512),
         ((2, 16), 16, 0.5, 16), ((16, 2), 16, 0.5, 16), ((20, 20), 4, 0.5, 32),
     ):  # fmt: skip
         index, values, dense = place(torch.rand(grid) < share, side, side)
