@@ -96,13 +96,13 @@ def where_of(name: str | None, device: torch.device) -> str:
         raise ValueError(f"card must be one of {', '.join(known)}, got {name!r}")
     if name is not None or device.type == "cpu":
         return name or "cpu"
-    found = None
+    found, called = None, f"a model on {device}"
     if device.type == "cuda":
-        found = card_of(device_name(device), architecture(device))
+        called = device_name(device)
+        found = card_of(called, architecture(device))
     if found is None:
         raise ValueError(
-            f"card must be given for {device_name(device)}, which is not known: one of "
-            f"{', '.join(known)}"
+            f"card must be given for {called}, which is not known: one of {', '.join(known)}"
         )
     return found
 
@@ -116,7 +116,7 @@ def _fits(block: Sides, weight_shape: Sequence[int], target: float) -> bool:
     """Whether the weight has so many blocks that one may stay and the target be met."""
     (bn, bk), (outputs, inputs, *taps) = block, weight_shape
     blocks = -(-outputs // bn) * -(-inputs // bk) * math.prod(taps)
-    return bn <= outputs and bk <= inputs and blocks * (1 - target) >= 1
+    return bn <= outputs and bk <= inputs and (blocks - 1) / blocks >= target
 
 
 Speedup = Callable[[Sides, float, int], float]
