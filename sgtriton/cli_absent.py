@@ -14,9 +14,8 @@ from sgtriton_kernels.cell import Cell
 from .block_choice import BLOCKS, BlockChoice, choose_block, where_of
 from .choice_table import file_name, write_table
 from .options import one_of, parse_block, parse_shapes, refuse, share
-from .predicted import predict_cells, shown, table_of, usual_cells
+from .predicted import open_at_random, predict_cells, shown, table_of, usual_cells
 from .progress import Progress
-from .roofline import at_sparsity
 from .tables import format_table
 
 _OK = 0
@@ -103,7 +102,7 @@ def _cells(arguments: argparse.Namespace) -> list[Cell]:
         if bn > n or bk > k:
             raise ValueError(f"block must fit into the weight {n}x{k}, got {bn}x{bk}")
         empty = Cell("bsr_linear fwd", "triton", m, n, k, (bn, bk), 0, dtype)
-        cells.append(at_sparsity(empty, sparsity))
+        cells.append(open_at_random(empty, sparsity))
     return cells
 
 
