@@ -143,16 +143,18 @@ def test_each_block_has_a_break_even_of_its_own(told):
 
 
 @pytest.mark.parametrize("shape", [(256, 320), (1024, 4096), (192, 64, 3, 3)])
-@pytest.mark.parametrize("name", ["H100 SXM", "RTX 4090", "MI300X"])
-def test_a_card_is_asked_by_the_roofline_model(name, shape):
-    found = choose_block(shape, 0.8, name, dtype=torch.float16)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("H100 SXM", torch.bfloat16), ("RTX 4090", torch.float32), ("MI300X", torch.float16)],
+    ids=str,
+)
+def test_a_card_is_asked_by_the_roofline_model(name, dtype, shape):
+    found = choose_block(shape, 0.8, name, dtype=dtype)
     n, k = shape[0], math.prod(shape[1:])
 
     def speedups(block, sparsity):
         cells = [
-            at_sparsity(
-                Cell("bsr_linear fwd", "triton", m, n, k, block, 0, torch.float16), sparsity
-            )
+            at_sparsity(Cell("bsr_linear fwd", "triton", m, n, k, block, 0, dtype), sparsity)
             for m in (1, 16, 128, 2048)
         ]
         return [predicted_speedup(card(name), cell) if cell.nnz else 1.0 for cell in cells]
@@ -185,7 +187,7 @@ def test_weights_too_small_for_a_choice_get_the_smallest_block(where, shape):
         assert (found.block, [*found.speedups]) == ((16, 16), [(16, 16)])
 
 
-BAD_TARGETS = [1, 1.0, -0.1, float("nan"), float("inf"), True, "0.5"]
+BAD_TARGETS = [1, False, 1.0, -0.1, float("nan"), float("inf"), True, "0.5"]
 
 
 def test_what_cannot_be_chosen_for_is_refused():
