@@ -121,11 +121,19 @@ def _finite(end: float) -> float | None:
 
 
 def table_of(card_name: str, found: Sequence[Predicted]) -> dict[str, Any]:
-    """The table: entries for the products where something else than reasoning should pay."""
+    """The table: entries for the products where something else than reasoning should pay.
+
+    What is predicted of a random pattern is said of even and of uneven ones: it is all there is.
+    """
     entries = [
-        {"key": p.cell.key(), "candidate": p.best.candidate.name, "gain": round(p.gain, 2)}
+        {
+            "key": p.cell.key() | {"balance": balance},
+            "candidate": p.best.candidate.name,
+            "gain": round(p.gain, 2),
+        }
         for p in found
         if p.gain >= KEPT
+        for balance in ("even", "uneven")
     ]
     facts = {"ranked": len(found)}
     return make_table(card_name, card(card_name).arch, "predicted", entries, facts)

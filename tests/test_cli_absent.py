@@ -38,7 +38,7 @@ def test_table_of_a_card_that_is_absent(ranked, tmp_path, capsys):
     assert "unpack is skipped: ptxas: too much" in text
     table = json.loads(out.read_text())
     assert (table["card"], table["status"], table["ranked"]) == ("H100 SXM", "predicted", 2)
-    assert [entry["key"]["rows"] for entry in table["entries"]] == [16, 128]
+    assert [entry["key"]["rows"] for entry in table["entries"]] == [16, 16, 128, 128]
     assert table["entries"][0]["key"]["dtype"] == "bfloat16"
 
 
@@ -52,7 +52,8 @@ def test_usual_layers_are_ranked_where_no_shapes_are_given(ranked, tmp_path, cap
     out = tmp_path / "t.json"
     assert main(["tune", "--card", "A10", "--out", str(out)]) == 0
     table = json.loads(out.read_text())
-    assert table["ranked"] == len(table["entries"]) == len(list(predicted.usual_cells()))
+    usual = list(predicted.usual_cells())
+    assert (table["ranked"], len(table["entries"])) == (len(usual), 2 * len(usual))
 
 
 def test_blocks_that_pay(capsys):
