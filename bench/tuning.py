@@ -35,6 +35,7 @@ WEIGHTS = (
     (128, 4096, 32, 0.2), (1000, 1000, 8, 0.1),
 )  # fmt: skip
 ROWS = (1, 64)
+_SECONDS = 4.0  # for the tuner, in each cell, unless told otherwise
 TUNED_WITHIN, REASONED_WITHIN = 1.03, 1.15  # of the fastest, that is aimed at
 
 
@@ -168,7 +169,7 @@ _SECTION = """
 ## What the tuner chooses
 
 Twenty products on {threads} threads of {cpu}, PyTorch {torch}, commit {commit}: the choice that
-`sgtriton tune` makes in 3 seconds for each, and the one that is taken without it, beside the
+`sgtriton tune` makes in {seconds:g} seconds for each, and the one that is taken without it, beside the
 fastest of all candidates, each timed in turns with a cold second-level cache. A choice's figure is
 its time by the fastest's. Rerun: `python -m bench tuning`.
 
@@ -185,13 +186,13 @@ def section(rows: list[Row]) -> str:
     table = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     table += [f"| {' | '.join(line)} |" for line in lines(found)]
     text = "\n".join(table) + "\n\n" + textwrap.fill(in_words(found), 100) + "\n"
-    return _SECTION.format(**vars(rows[0])) + text
+    return _SECTION.format(**vars(rows[0]), seconds=_SECONDS) + text
 
 
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add ``tuning`` to the command line."""
     command = commands.add_parser("tuning", help="the tuner's choices beside an exhaustive search")
-    timed.add_arguments(command, "tuning", 3.0, "for the tuner, in each cell")
+    timed.add_arguments(command, "tuning", _SECONDS, "for the tuner, in each cell")
     command.add_argument("--rounds", type=int, default=61, help="of all candidates, in turns")
     command.set_defaults(run=_run)
 
