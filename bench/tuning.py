@@ -169,9 +169,10 @@ _SECTION = """
 ## What the tuner chooses
 
 Twenty products on {threads} threads of {cpu}, PyTorch {torch}, commit {commit}: the choice that
-`sgtriton tune` makes in {seconds:g} seconds for each, and the one that is taken without it, beside the
-fastest of all candidates, each timed in turns with a cold second-level cache. A choice's figure is
-its time by the fastest's. Rerun: `python -m bench tuning`.
+`sgtriton tune` makes in {seconds:g} seconds for each, and the one that is taken without it, beside
+the fastest of all candidates, each timed in turns with a cold second-level cache. A choice's figure
+is its time by the fastest's; what is taken without tuning was fitted to these products among
+others. Rerun: `python -m bench tuning`.
 
 """
 
