@@ -46,11 +46,9 @@ def add_arguments(group: argparse._ArgumentGroup) -> None:
 
 def run(arguments: argparse.Namespace, seconds: float) -> int:
     """Run what the options ask for."""
-    refuse(
-        arguments,
-        "blocks" if arguments.blocks else "card",
-        dict.fromkeys(("checkpoint", "rows", "device"), "give --shapes"),
-    )
+    given = "blocks" if arguments.blocks else "card"
+    refuse(arguments, given, dict.fromkeys(("checkpoint", "rows", "device"), "give --shapes"))
+    refuse(arguments, given, dict.fromkeys(("explain", "again", "train"), "nothing is timed"))
     where = where_of(arguments.card, torch.device("cpu"))
     if arguments.blocks:
         return _blocks(arguments, where)

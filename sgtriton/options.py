@@ -96,5 +96,5 @@ def refuse(arguments: argparse.Namespace, given: str, others: Mapping[str, str])
         others: option -> why it does not.
     """
     for name, reason in others.items():
-        if (value := getattr(arguments, name)) is not None:
+        if (value := getattr(arguments, name)) not in (None, False):
             raise ValueError(f"{name} does not go with --{given}: {reason}; got {value!r}")

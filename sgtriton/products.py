@@ -39,6 +39,7 @@ class Product:
 def products_of(model: nn.Module, example_input: Any) -> list[Product]:
     """The block-sparse linear layers of a model, and how many rows an input brings to each."""
     rows: dict[str, list[int]] = {}
+    dtypes: dict[str, torch.dtype] = {}  # in which it computes, which autocast may say
     hooks = []
     layers = {
         name: layer
@@ -49,17 +50,21 @@ def products_of(model: nn.Module, example_input: Any) -> list[Product]:
     }
 
     def note(name: str) -> Callable[..., None]:
-        def hook(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            m = inputs[0].numel() // max(inputs[0].shape[-1], 1)
-            if m not in rows.setdefault(name, []):
+        def hook(layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+            x = inputs[0] if inputs else named["input"]
+            m = x.numel() // max(x.shape[-1], 1)
+            if m and m not in rows.setdefault(name, []):
                 rows[name].append(m)
+            dtypes[name] = x.dtype
+            if torch.is_autocast_enabled(x.device.type):
+                dtypes[name] = torch.get_autocast_dtype(x.device.type)
 
         return hook
 
     modes = {module: module.training for module in model.modules()}
     try:
         for name, layer in layers.items():
-            hooks.append(layer.register_forward_pre_hook(note(name)))
+            hooks.append(layer.register_forward_pre_hook(note(name), with_kwargs=True))
         model.eval()
         if isinstance(example_input, dict):
             model(**example_input)
@@ -73,10 +78,12 @@ def products_of(model: nn.Module, example_input: Any) -> list[Product]:
             module.training = training
     found = []
     for name, met in rows.items():
-        layer = layers[name]
-        found.append(Product(name, layer.matrix, tuple(met), layer.trainable))
+        layer, dtype = layers[name], dtypes[name]
+        if not layer.matrix.nnz:
+            continue
+        found.append(Product(name, layer.matrix.to(dtype), tuple(met), layer.trainable))
         if "merged" in layer.forms.values():
-            found.append(Product(name, layer._matrix_of("merged"), tuple(met)))
+            found.append(Product(name, layer._matrix_of("merged").to(dtype), tuple(met)))
     return found
 
 

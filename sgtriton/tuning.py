@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from sgtriton_kernels._autocast import without_autocast
 from sgtriton_kernels.candidates import ANALYTIC, candidates
 from sgtriton_kernels.cell import Cell
 from sgtriton_kernels.lookup import Choice, analytic, choose, full_key, recorded, tell
@@ -80,8 +81,8 @@ def _met_by(model: nn.Module, example_input: Any) -> Iterator[Product]:
 
 def check_may_search(seconds: float, distributed: bool = False) -> None:
     """Raise ``ValueError`` where no search may run."""
-    if not seconds > 0:
-        raise ValueError(f"seconds must be positive, got {seconds}")
+    if not isinstance(seconds, (int, float)) or not seconds > 0:
+        raise ValueError(f"seconds must be positive, got {seconds!r}")
     if torch.compiler.is_compiling() or (
         torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
     ):
@@ -212,12 +213,13 @@ def _tune_one(
         return Tuned(item.name, cell, "no choice", present)
     if time.perf_counter() > until:
         return Tuned(item.name, cell, "not reached", present)
-    problem = Problem(cell, item.matrix, random)
-    if time.perf_counter() + problem.least_seconds(len(others)) > until:
-        return Tuned(item.name, cell, "not reached", present)
-    found = search(
-        problem, present.candidate, others, until, lambda text: say(f"{item.label}: {text}")
-    )
+    with without_autocast(device):  # products are searched in their own dtype
+        problem = Problem(cell, item.matrix, random)
+        if time.perf_counter() + problem.least_seconds(len(others)) > until:
+            return Tuned(item.name, cell, "not reached", present)
+        found = search(
+            problem, present.candidate, others, until, lambda text: say(f"{item.label}: {text}")
+        )
     if found is None:
         return Tuned(item.name, cell, "not reached", present)
     return _keep(item, present, found, folder, notes)

@@ -1,5 +1,7 @@
 """One row of x: the library's matrix is taken where it serves, and follows the values."""
 
+import weakref
+
 import pytest
 import torch
 from helpers import assert_exact, integers, poisoned
@@ -83,6 +85,15 @@ def test_values_that_change_are_followed():
     first, again = (library_matrix(v, w.index, w.shape) for v in (w.values, half))
     assert again is not first
     assert_exact("other values", torch.mm(again, x.T).T, x @ dense.T)
+
+
+def test_graph_behind_values_is_not_kept_with_the_index():
+    w, _ = place(torch.rand(12, 11) < 0.4, 16)
+    values = w.values.clone().requires_grad_() * 1.0
+    graph = weakref.ref(values)
+    library_matrix(values, w.index, w.shape)
+    del values
+    assert graph() is None
 
 
 def test_matrix_made_under_inference_mode_serves_training():

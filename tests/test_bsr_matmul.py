@@ -13,6 +13,7 @@ from sgtriton_kernels.bsr import BlockSparse
 from sgtriton_kernels.bsr_checks import why_no_kernel
 from sgtriton_kernels.bsr_conv import bsr_conv2d
 from sgtriton_kernels.bsr_matmul import bsr_linear, bsr_linear_ref
+from sgtriton_kernels.bsr_product import pair_rows
 from sgtriton_kernels.tiles import BSR_FORMS, BsrTile
 from test_bsr import patterns
 from torch.autograd import forward_ad
@@ -571,3 +572,21 @@ def test_index_that_an_op_read_is_not_kept_longer_than_its_tensors():
     del w
     assert len(bsr_matmul._indices) < before
     assert kept() is None
+
+
+def test_pairs_of_an_index_are_listed_once_for_an_op(device, impl, monkeypatch):
+    """Compiled calls have no container: they listed the pairs anew, and waited for the device."""
+    if impl == "torch":
+        pytest.skip("for the kernels")
+    w = BlockSparse.from_dense(torch.eye(64, device=device), (16, 16))
+    listed, real = [], pair_rows
+    monkeypatch.setattr(bsr_matmul, "pair_rows", lambda *a: listed.append(1) or real(*a))
+    tile = BsrTile(32, 16, 16, 1, 1, "pairs")
+    x = integers(3, 64, device=device)
+    for _ in range(3):
+        w = BlockSparse._from_index(w.values, w.index_tensors, w.shape)
+        assert_exact("y", bsr_linear(x, w, impl=impl, tile=tile), x)
+    assert len(listed) == 1
+    before = len(bsr_matmul._paired)
+    del w
+    assert len(bsr_matmul._paired) < before

@@ -63,6 +63,30 @@ def test_merged_blocks_that_a_layer_computes_with_are_products_too():
     assert found == [((4, 4), (7,)), ((16, 16), (7,))]
 
 
+def test_layer_that_is_called_by_keyword_is_met(model):
+    class ByKeyword(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = model.first
+
+        def forward(self, x):
+            return self.layer(input=x)
+
+    assert [p.rows for p in products_of(ByKeyword(), torch.randn(5, 64))] == [(5,)]
+
+
+def test_layers_that_multiply_nothing_are_left_out(model):
+    assert products_of(model, torch.randn(0, 64)) == []
+
+
+def test_products_are_tuned_in_the_dtype_of_autocast(model, cache):
+    """Each candidate gave 16 bits for an fp32 product, and none was right."""
+    with torch.autocast("cpu", torch.bfloat16):
+        report = tune(model, torch.randn(9, 64), seconds=30)
+    assert {row.cell.dtype for row in report.rows} == {torch.bfloat16}
+    assert report.timed == len(report.rows)
+
+
 def test_model_is_as_it_was(model):
     model.train()
     model.drop.eval()
@@ -156,7 +180,7 @@ def test_time_is_kept(model, cache):
     assert "not reached" in str(report)
 
 
-@pytest.mark.parametrize("seconds", [0, -1, float("nan")])
+@pytest.mark.parametrize("seconds", [0, -1, float("nan"), "3", None])
 def test_no_time_is_refused(model, seconds):
     with pytest.raises(ValueError, match="seconds must be positive, got"):
         tune(model, torch.randn(9, 64), seconds=seconds)

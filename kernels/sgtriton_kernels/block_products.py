@@ -44,6 +44,20 @@ _REUSE = 8  # products per element moved, below which (and from 16 rows on) dens
 _GATHERED = 1 << 20  # elements of x that backward gathers at a time
 
 
+class Choices:
+    """What was looked up for a matrix, see :mod:`.bsr_choice`; any thread may ask."""
+
+    def __init__(self) -> None:
+        self._kept: tuple[int, dict[tuple[object, ...], Any]] = (-1, {})
+
+    def of(self, generation: int) -> dict[tuple[object, ...], Any]:
+        """Those of a generation; of earlier ones there are none."""
+        kept = self._kept
+        if kept[0] != generation:
+            kept = self._kept = (generation, {})  # at once: another thread meets one or the other
+        return kept[1]
+
+
 class BlockIndex:
     """Where blocks lie in a grid, row by row; what follows from that is kept once it was asked for.
 
@@ -64,9 +78,9 @@ class BlockIndex:
         if starts is not None:
             self.starts = starts
         self._batches: dict[int, list[tuple[int, int, torch.Tensor, torch.Tensor]]] = {}
-        # values, their address, and the matrix that was made of them; see :mod:`.bsr_library`
-        self.library_matrix: tuple[torch.Tensor, int, torch.Tensor] | None = None
-        self.choices: dict[tuple[object, ...], Any] = {}  # see :mod:`.bsr_choice`
+        # weak reference to values, their address, the matrix made of them; see :mod:`.bsr_library`
+        self.library_matrix: tuple[Any, int, torch.Tensor] | None = None
+        self.choices = Choices()
 
     def __len__(self) -> int:
         return len(self.rows)

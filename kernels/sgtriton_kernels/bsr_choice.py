@@ -9,6 +9,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ._operands import is_aligned
 from ._triton import dot_precision, is_native
+from .block_products import Choices
 from .bsr import BlockSparse
 from .bsr_library import library_serves
 from .candidates import Candidate, named
@@ -32,18 +33,20 @@ def choice_for(which: str, w: BlockSparse, impl: str, *rows: torch.Tensor) -> Ca
     # Calls by the library cost little: the choice lies where the next one meets it. One that was
     # made for another number of threads stays, which costs speed at worst.
     if impl == "torch":
-        kept, key = w.index.choices, (which, like.shape[0], like.dtype, now.generation)
+        choices, key = w.index.choices, (which, like.shape[0], like.dtype)
     else:
-        kept = w.__dict__.setdefault("_choices", {})
-        aligned = all(map(is_aligned, rows))
-        key = which, like.shape[0], like.dtype, aligned, dot_precision(), now.generation
-    return kept.get(key) or _look_up(kept, key, which, w, impl, *rows)
+        choices = w.__dict__.setdefault("_choices", Choices())
+        key = which, like.shape[0], like.dtype, all(map(is_aligned, rows)), dot_precision()
+    return choices.of(now.generation).get(key) or _look_up(choices, key, which, w, impl, *rows)
 
 
-def _look_up(kept, key, which: str, w: BlockSparse, impl: str, *rows: torch.Tensor) -> Candidate:
+def _look_up(
+    choices: Choices, key, which: str, w: BlockSparse, impl: str, *rows: torch.Tensor
+) -> Candidate:
+    kept = choices.of(now.generation)  # before looking: what another thread records is not missed
     cell = cell_of(which, w, impl, *rows)
     found = choose(cell, rows[0].device).candidate
-    if len(kept) >= _MOST or any(old[-1] != key[-1] for old in kept):
+    if len(kept) >= _MOST:
         kept.clear()
     if cell.longest is not None:
         kept[key] = found
@@ -64,12 +67,17 @@ def cell_of(which: str, w: BlockSparse, impl: str, *rows: torch.Tensor) -> Cell:
     )  # fmt: skip
 
 
+def is_capturing(device: torch.device) -> bool:
+    """Whether a graph is captured on a card, which nothing may wait for then."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def _longest_row(crow: torch.Tensor) -> int | None:
     """Blocks of the longest block row; waits for the device, once, and never in a capture."""
     kept = None if crow.is_inference() else _longest.get(crow)
     if kept is not None and kept[0] == crow._version:
         return kept[1]
-    if crow.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if is_capturing(crow.device):
         return None
     longest = int(crow.diff().max()) if crow.device.type != "meta" else 0
     if not crow.is_inference():

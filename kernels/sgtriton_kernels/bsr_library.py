@@ -7,6 +7,7 @@ matrix refers to the values where they lie, so that it is made once and follows 
 from __future__ import annotations
 
 import warnings
+import weakref
 
 import torch
 
@@ -59,8 +60,9 @@ def library_matrix(values: torch.Tensor, index: BlockIndex, shape: tuple[int, in
         shape: ``(N, K)``.
     """
     kept = index.library_matrix
-    if kept is None or kept[0] is not values or kept[1] != values.data_ptr():
-        kept = values, values.data_ptr(), _make(values, index, shape)
+    if kept is None or kept[0]() is not values or kept[1] != values.data_ptr():
+        # no reference: values that are computed would keep the graph behind them
+        kept = weakref.ref(values), values.data_ptr(), _make(values, index, shape)
         index.library_matrix = kept
     return kept[2]
 

@@ -28,7 +28,7 @@ from ._ops import grads_with_graph, is_watched, needs_graph, register_op
 from .activations import ACTIVATIONS, check_activation
 from .bsr import BlockSparse
 from .bsr_checks import check_agrees, check_dtype, check_kinds, why_no_kernel
-from .bsr_choice import choice_for, pack_choice, unpack_choice
+from .bsr_choice import cell_of, choice_for, is_capturing, pack_choice, unpack_choice
 from .bsr_product import (
     PairedRows,
     bsr_linear_dvalues,
@@ -38,6 +38,7 @@ from .bsr_product import (
     pair_rows,
 )
 from .bsr_torch import bsr_linear_bwd_torch, bsr_linear_torch
+from .lookup import analytic
 from .tiles import BsrTile
 
 
@@ -147,6 +148,9 @@ def _forward(
         residual2 = residual.reshape(-1, n)
     values = values.contiguous()
     chosen = unpack_choice(tile, impl, x2) if tile else choice_for("fwd", w, impl, x2)
+    is_paired = chosen.tile is not None and chosen.tile.form == "pairs"
+    if is_paired and not tile and is_capturing(x2.device) and _kept_pairs(w) is None:
+        chosen = analytic(cell_of("fwd", w, impl, x2)).candidate  # listing pairs would wait
     if chosen.way == "unpack":
         out = _unpacked(x2, values, bias, residual2, w, activation)
     elif impl == "triton":
@@ -210,13 +214,33 @@ def _backward(
     )
 
 
+_paired = WeakIdKeyDictionary()  # crow -> the col and versions that were read, and the pairs
+
+
 def _pairs(w: BlockSparse) -> PairedRows:
-    """Block rows by twos; kept with the container, whose index does not change."""
-    pairs = w.__dict__.get("_pairs")
+    """Block rows by twos; kept beside the index, since an op gets no container."""
+    pairs = _kept_pairs(w)
     if pairs is None:
         pairs = pair_rows(w.crow, w.col)
-        object.__setattr__(w, "_pairs", pairs)
+        if _is_counted(w.crow, w.col):
+            _paired[w.crow] = weakref.ref(w.col), (w.crow._version, w.col._version), pairs
+        else:
+            object.__setattr__(w, "_listed_pairs", pairs)
     return pairs
+
+
+def _kept_pairs(w: BlockSparse) -> PairedRows | None:
+    if not _is_counted(w.crow, w.col):
+        return w.__dict__.get("_listed_pairs")
+    kept = _paired.get(w.crow)
+    if kept is None or kept[0]() is not w.col or kept[1] != (w.crow._version, w.col._version):
+        return None
+    return kept[2]
+
+
+def _is_counted(crow: torch.Tensor, col: torch.Tensor) -> bool:
+    """Whether changes are counted; those of tensors made under inference_mode are not."""
+    return not (crow.is_inference() or col.is_inference())
 
 
 class _BsrLinear(torch.autograd.Function):
@@ -268,8 +292,7 @@ def _container(
 ) -> BlockSparse:
     """The matrix of an op's arguments, with what library calls made of its index before."""
     w, (crow, col, *_) = BlockSparse._from_index(values, index, shape), index
-    # changes of tensors that were made under inference_mode are not counted
-    if impl != "torch" or crow.is_inference() or col.is_inference():
+    if impl != "torch" or not _is_counted(crow, col):
         return w
     versions = crow._version, col._version
     kept = _indices.get(crow)

@@ -55,7 +55,7 @@ class _Now:
 
 
 now = _Now()
-_chosen: dict[tuple[Cell, torch.device, int], Choice] = {}
+_chosen: dict[tuple[Cell, torch.device, int, int], Choice] = {}
 _told: dict[str, str] = {}  # file name of a key -> candidate, of this process
 
 
@@ -85,11 +85,12 @@ def choose(cell: Cell, device: torch.device) -> Choice:
     The first call for a product reads a small file; after that the choice is remembered.
     """
     threads = torch.get_num_threads() if device.type == "cpu" else 0
-    found = _chosen.get((cell, device, threads))
+    key = cell, device, threads, now.generation
+    found = _chosen.get(key)
     if found is None:
         if len(_chosen) >= _MOST:
             _chosen.clear()
-        found = _chosen[cell, device, threads] = _look_up(cell, device)
+        found = _chosen[key] = _look_up(cell, device)
     return found
 
 
@@ -101,6 +102,8 @@ def full_key(cell: Cell, device: torch.device, rows: int | None = None) -> dict[
 
 
 def _look_up(cell: Cell, device: torch.device) -> Choice:
+    if not cell.M or not cell.nnz:  # nothing is multiplied
+        return analytic(cell)
     # what cannot serve this product is as unknown as what does not exist
     known = {candidate.name: candidate for candidate in candidates(cell, copy_engine=True)}
     folder = cache_folder()
