@@ -14,7 +14,7 @@ from sgtriton_kernels.cell import Cell
 from .block_choice import BLOCKS, BlockChoice, choose_block, where_of
 from .choice_table import file_name, write_table
 from .options import one_of, parse_block, parse_shapes, refuse, share
-from .predicted import open_at_random, predict_cells, shown, table_of, usual_cells
+from .predicted import KEPT, open_at_random, predict_cells, shown, table_of, usual_cells
 from .progress import Progress
 from .tables import format_table
 
@@ -80,7 +80,8 @@ def _table(arguments: argparse.Namespace, where: str, seconds: float) -> int:
         _print(f"{name} is skipped: {why}")
     if len(found) < len(cells):
         _print(f"{len(found)} of {len(cells)} products were reached in {seconds:g} s")
-    _print(f"wrote {out}: {len(table_of(where, found)['entries'])} of {len(found)} products gain")
+    gaining = sum(product.gain >= KEPT for product in found)
+    _print(f"wrote {out}: {gaining} of {len(found)} products gain {KEPT - 1:.0%} or more")
     return _OK
 
 
