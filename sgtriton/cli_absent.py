@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shutil
-import textwrap
 from pathlib import Path
 
 import torch
@@ -13,14 +11,23 @@ from sgtriton_kernels.cell import Cell
 
 from .block_choice import BLOCKS, BlockChoice, choose_block, where_of
 from .choice_table import file_name, write_table
-from .options import one_of, parse_block, parse_shapes, refuse, share
+from .options import (
+    BLOCK,
+    DTYPES,
+    SPARSITY,
+    given,
+    one_of,
+    parse_block,
+    parse_shapes,
+    refuse,
+    share,
+)
 from .predicted import KEPT, open_at_random, predict_cells, shown, table_of, usual_cells
 from .progress import Progress
-from .tables import format_table
+from .tables import format_table, print_text, terminal_width
 
 _OK = 0
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_BLOCK, _SPARSITY, _DTYPE = "32x32", "0.9", "bfloat16"
+_DTYPE = "bfloat16"
 
 # options that mean nothing where something is timed
 ALONE = {"out": "only --card writes a table", "target": "it is of --blocks"}
@@ -46,9 +53,9 @@ def add_arguments(group: argparse._ArgumentGroup) -> None:
 
 def run(arguments: argparse.Namespace, seconds: float) -> int:
     """Run what the options ask for."""
-    given = "blocks" if arguments.blocks else "card"
-    refuse(arguments, given, dict.fromkeys(("checkpoint", "rows", "device"), "give --shapes"))
-    refuse(arguments, given, dict.fromkeys(("explain", "again", "train"), "nothing is timed"))
+    asked = "blocks" if arguments.blocks else "card"
+    refuse(arguments, asked, dict.fromkeys(("checkpoint", "rows", "device"), "give --shapes"))
+    refuse(arguments, asked, dict.fromkeys(("explain", "again", "train"), "nothing is timed"))
     where = where_of(arguments.card, torch.device("cpu"))
     if arguments.blocks:
         return _blocks(arguments, where)
@@ -59,8 +66,7 @@ def run(arguments: argparse.Namespace, seconds: float) -> int:
 
 
 def _dtype(arguments: argparse.Namespace, default: str) -> torch.dtype:
-    name = default if arguments.dtype is None else arguments.dtype
-    return _DTYPES[one_of("dtype", name, _DTYPES)]
+    return DTYPES[one_of("dtype", given(arguments.dtype, default), DTYPES)]
 
 
 def _table(arguments: argparse.Namespace, where: str, seconds: float) -> int:
@@ -74,14 +80,14 @@ def _table(arguments: argparse.Namespace, where: str, seconds: float) -> int:
     write_table(out, table_of(where, found))
     headers, rows = shown(found)
     print(f"{where}: predicted, not measured\n")
-    print(format_table(headers, rows, width=_width()))
+    print(format_table(headers, rows, width=terminal_width()))
     dropped = {name: why for product in found for name, why in product.dropped.items()}
     for name, why in dropped.items():
-        _print(f"{name} is skipped: {why}")
+        print_text(f"{name} is skipped: {why}")
     if len(found) < len(cells):
-        _print(f"{len(found)} of {len(cells)} products were reached in {seconds:g} s")
+        print_text(f"{len(found)} of {len(cells)} products were reached in {seconds:g} s")
     gaining = sum(product.gain >= KEPT for product in found)
-    _print(f"wrote {out}: {gaining} of {len(found)} products gain {KEPT - 1:.0%} or more")
+    print_text(f"wrote {out}: {gaining} of {len(found)} products gain {KEPT - 1:.0%} or more")
     return _OK
 
 
@@ -91,11 +97,11 @@ def _cells(arguments: argparse.Namespace) -> list[Cell]:
     if arguments.shapes is None:
         refuse(arguments, "card", dict.fromkeys(("block", "sparsity"), "give --shapes"))
         return list(usual_cells(dtype))
-    given = _BLOCK if arguments.block is None else arguments.block
-    bn, bk = parse_block(given)
-    sparsity = share("sparsity", _SPARSITY if arguments.sparsity is None else arguments.sparsity)
+    block = given(arguments.block, BLOCK)
+    bn, bk = parse_block(block)
+    sparsity = share("sparsity", given(arguments.sparsity, SPARSITY))
     if bn is None or bk is None or any(side < 16 or side & (side - 1) for side in (bn, bk)):
-        raise ValueError(f"block must have sides that are powers of two >= 16, got {given!r}")
+        raise ValueError(f"block must have sides that are powers of two >= 16, got {block!r}")
     cells = []
     for m, n, k in parse_shapes(arguments.shapes):
         if bn > n or bk > k:
@@ -135,7 +141,7 @@ def _blocks(arguments: argparse.Namespace, where: str) -> int:
         ]
         for (n, k), found in chosen.items()
     ]  # fmt: skip
-    print(format_table(headers, rows, width=_width()))
+    print(format_table(headers, rows, width=terminal_width()))
     return _OK
 
 
@@ -144,11 +150,3 @@ def _cell(found: BlockChoice, block: tuple[int, int]) -> str:
         return "-"
     even = found.break_even[block]
     return f"{found.speedups[block]:.2f}x ({'never' if even == 1 else f'{even:.0%}'})"
-
-
-def _print(text: str) -> None:
-    print(textwrap.fill(text, _width(), subsequent_indent="  "))
-
-
-def _width() -> int:
-    return shutil.get_terminal_size((100, 24)).columns

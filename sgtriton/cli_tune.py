@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
-import shutil
 import sys
-import textwrap
 import time
 from typing import Any
 
@@ -16,16 +14,28 @@ from sgtriton_kernels.records import cache_folder
 
 from . import cli_absent
 from .file_layers import stored_layers
-from .options import check_memory, number, one_of, parse_block, parse_shapes, refuse, share
+from .options import (
+    BLOCK,
+    DTYPES,
+    SPARSITY,
+    check_memory,
+    given,
+    number,
+    one_of,
+    parse_block,
+    parse_shapes,
+    refuse,
+    share,
+)
 from .products import Product
 from .progress import Progress
 from .stored import served_block
+from .tables import print_text, terminal_width
 from .tune_report import TuneInterrupted
 from .tuning import check_may_search, choices_of, tune_products
 
 _OK, _INTERRUPTED = 0, 130
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_SECONDS, _BLOCK, _SPARSITY, _ROWS = "60", "32x32", "0.9", "1,16,128"
+_SECONDS, _ROWS = "60", "1,16,128"
 _SEED = 0
 
 
@@ -46,15 +56,15 @@ def add_command(commands: argparse._SubParsersAction[Any]) -> None:
     )
     what.add_argument("--checkpoint", metavar="FILE", help="the linear layers that a file stores")
     shapes = tune.add_argument_group("of --shapes")
-    shapes.add_argument("--block", metavar="BNxBK", help=f"outputs x inputs; default: {_BLOCK}")
+    shapes.add_argument("--block", metavar="BNxBK", help=f"outputs x inputs; default: {BLOCK}")
     shapes.add_argument(
-        "--sparsity", help=f"share of the blocks that is closed, in [0, 1); default: {_SPARSITY}"
+        "--sparsity", help=f"share of the blocks that is closed, in [0, 1); default: {SPARSITY}"
     )
     checkpoint = tune.add_argument_group("of --checkpoint")
     checkpoint.add_argument("--rows", metavar="M[,...]", help=f"rows of x; default: {_ROWS}")
     tune.add_argument(
         "--dtype",
-        help=f"{', '.join(_DTYPES)}; default: float32, of a file its own",
+        help=f"{', '.join(DTYPES)}; default: float32, of a file its own",
     )
     tune.add_argument("--device", help="cpu or cuda; default: cuda where there is one")
     tune.add_argument("--train", action="store_true", help="the products of gradients as well")
@@ -93,24 +103,20 @@ def _products(arguments: argparse.Namespace) -> list[Product]:
         raise ValueError(f"one of --shapes and --checkpoint is needed, got {came}")
     device = _device(arguments.device)
     name = arguments.dtype
-    dtype = None if name is None else _DTYPES[one_of("dtype", name, _DTYPES)]
+    dtype = None if name is None else DTYPES[one_of("dtype", name, DTYPES)]
     if arguments.shapes is not None:
         refuse(arguments, "shapes", {"rows": "the first size of each shape says them"})
         return _random_products(
             parse_shapes(arguments.shapes),
-            parse_block(_given(arguments.block, _BLOCK)),
-            share("sparsity", _given(arguments.sparsity, _SPARSITY)),
+            parse_block(given(arguments.block, BLOCK)),
+            share("sparsity", given(arguments.sparsity, SPARSITY)),
             dtype or torch.float32,
             device,
             arguments.train,
         )
     refuse(arguments, "checkpoint", dict.fromkeys(("block", "sparsity"), "the file says them"))
-    rows = _rows(_given(arguments.rows, _ROWS))
+    rows = _rows(given(arguments.rows, _ROWS))
     return _stored_products(arguments.checkpoint, rows, dtype, device, arguments.train)
-
-
-def _given(text: str | None, default: str) -> str:
-    return default if text is None else text
 
 
 def _device(text: str | None) -> torch.device:
@@ -208,7 +214,7 @@ def _stored_products(
         found = f"it stores {left_out}" if left_out else "it stores no sparse layer"
         raise ValueError(f"checkpoint {path}: no linear layer in blocks to tune; {found}")
     if left_out:
-        _print(f"left out: {left_out}")
+        print_text(f"left out: {left_out}")
     return products
 
 
@@ -246,14 +252,16 @@ def _search(products: list[Product], seconds: float, again: bool) -> int:
             report, code = stop.report, _INTERRUPTED
     if code == _INTERRUPTED:
         print("sgtriton: interrupted", file=sys.stderr)
-    print(report.text(_width()))
+    print(report.text(terminal_width()))
     passes = {row.cell.op for row in report.rows}
     if any(product.trains for product in products) and passes == {"bsr_linear fwd"}:
-        _print("gradients are computed in one way on this device: nothing to choose")
+        print_text("gradients are computed in one way on this device: nothing to choose")
     if folder := cache_folder():
         print(f"records: {folder}")
     if report.timed:
-        _print("calls take these from now on; sgtriton.sparsify chooses layers' forms anew by them")
+        print_text(
+            "calls take these from now on; sgtriton.sparsify chooses layers' forms anew by them"
+        )
     return code
 
 
@@ -263,15 +271,6 @@ def _explain(products: list[Product]) -> None:
         parts = [row.name] if row.name else []
         parts += [cell.op, f"M {cell.M}", f"weight {cell.N}x{cell.K}"]
         parts += [f"blocks {cell.block[0]}x{cell.block[1]}", f"density {cell.density:.3f}"]
-        _print(", ".join(parts))
+        print_text(", ".join(parts))
         text = f"takes {choice.candidate.name} ({choice.source}): {choice.reasons}"
-        _print(text, "  ")
-
-
-def _print(text: str, indent: str = "") -> None:
-    """Print a sentence within the terminal's width."""
-    print(textwrap.fill(text, _width(), initial_indent=indent, subsequent_indent=f"{indent}  "))
-
-
-def _width() -> int:
-    return shutil.get_terminal_size((100, 24)).columns
+        print_text(text, "  ")

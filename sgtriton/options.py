@@ -7,9 +7,15 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
 
+import torch
+
 __all__ = [
-    "check_memory", "number", "one_of", "parse_block", "parse_shapes", "refuse", "share",
+    "BLOCK", "DTYPES", "SPARSITY", "check_memory", "given", "number", "one_of", "parse_block",
+    "parse_shapes", "refuse", "share",
 ]  # fmt: skip
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+BLOCK, SPARSITY = "32x32", "0.9"  # defaults of products that options describe
 
 _MOST = 1 << 31  # elements of a weight, and of what is multiplied with it
 
@@ -54,6 +60,11 @@ def one_of(name: str, text: str, allowed: Iterable[str]) -> str:
     if text not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {text!r}")
     return text
+
+
+def given(text: str | None, default: str) -> str:
+    """What an option says, or its default where it is not there."""
+    return default if text is None else text
 
 
 def share(name: str, text: str) -> float:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+import shutil
 import sys
 import textwrap
 import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import TextIO
 
-__all__ = ["format_table", "print_table"]
+__all__ = ["format_table", "print_table", "print_text", "terminal_width"]
 
 _GAP = "  "
 _MIN_WRAP = 12  # a column of text is never wrapped narrower than this
@@ -84,6 +85,17 @@ def print_table(
         text = format_table(headers, rows, title, align)
         encoding = getattr(stream, "encoding", None) or "utf-8"
         print(text.encode(encoding, errors="replace").decode(encoding), file=stream)
+
+
+def print_text(text: str, indent: str = "") -> None:
+    """Print a sentence within the terminal's width, what follows its first line set in."""
+    width = terminal_width()
+    print(textwrap.fill(text, width, initial_indent=indent, subsequent_indent=f"{indent}  "))
+
+
+def terminal_width() -> int:
+    """Columns of the terminal; 100 where there is none."""
+    return shutil.get_terminal_size((100, 24)).columns
 
 
 def _print_rich(

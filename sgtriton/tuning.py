@@ -21,6 +21,7 @@ from sgtriton_kernels.lookup import Choice, analytic, choose, full_key, recorded
 from sgtriton_kernels.records import architecture, cache_folder
 from torch import nn
 
+from .cross_compile import COPY_ENGINES
 from .products import Product, Work, products_of, work_of
 from .search import Found, Problem, search
 from .tune_cache import sweep, write_record
@@ -29,7 +30,6 @@ from .tune_report import Tuned, TuneInterrupted, TuneReport
 
 _RESERVE = 0.03  # of the seconds, for what comes after the last search
 _TRIES = 2  # of a search for whose product the time did not suffice
-_COPY_ENGINES = ("sm_90", "sm_100", "sm_120")
 
 
 def tune(
@@ -180,11 +180,13 @@ def _search_all(
             if progress is not None:
                 decided = sum(row.status != "not reached" for row in rows.values())
                 progress(decided, len(work), item.label)
-            if (cell, device) not in done:
+            if (cell, device) not in done and (cell, device) not in new:
+                done[cell, device] = Tuned(item.name, cell, "cached", choose(cell, device))
+            elif (cell, device) not in done:
                 random = generators.setdefault(device, torch.Generator(device).manual_seed(0))
                 now = time.perf_counter()
-                ends = now + (until - now) / max(len(new), 1)
-                done[cell, device] = _tune_one(item, random, ends, again, folder, notes, say)
+                ends = now + (until - now) / len(new)
+                done[cell, device] = _tune_one(item, random, ends, folder, notes, say)
             new.discard((cell, device))
             rows[i] = replace(done[cell, device], name=item.name)
         waiting = [i for i in waiting if rows[i].status == "not reached"]
@@ -199,16 +201,13 @@ def _tune_one(
     item: Work,
     random: torch.Generator,
     until: float,
-    again: bool,
     folder: Path | None,
     notes: list[str],
     say: Callable[[str], None],
 ) -> Tuned:
     cell, device = item.cell, item.device
     present = choose(cell, device)
-    if not again and _is_recorded(item, folder):
-        return Tuned(item.name, cell, "cached", present)
-    others = candidates(cell, architecture(device) in _COPY_ENGINES)
+    others = candidates(cell, architecture(device) in COPY_ENGINES)
     if len(others) < 2:
         return Tuned(item.name, cell, "no choice", present)
     if time.perf_counter() > until:

@@ -189,18 +189,17 @@ def _cut(tile: BsrTile, cell: Cell) -> BsrTile:
 
 
 def _serves(tile: BsrTile, cell: Cell, copy_engine: bool) -> bool:
-    rows = 1 << max(cell.M - 1, 0).bit_length()
     if tile.form == "vector":
-        return cell.M <= _FEW_ROWS and rows >= tile.BLOCK_M
+        return cell.M <= _FEW_ROWS and cell.rows >= tile.BLOCK_M
     if tile.form == "pairs" and 2 * cell.block[0] != tile.BLOCK_N:
         return False
     if tile.bulk and not (copy_engine and cell.aligned):
         return False
     if cell.op == "bsr_linear dvalues":
         return tile.split == 1 or 4 * tile.split * tile.BLOCK_M <= cell.M
-    lists = -(-cell.N // cell.block[0]) if cell.op == "bsr_linear fwd" else cell.block_cols
+    lists = cell.block_rows if cell.op == "bsr_linear fwd" else cell.block_cols
     few = tile.split == 1 or cell.nnz >= 2 * tile.split * max(lists, 1)
-    return few and max(rows, 4 if cell.native else 16) >= tile.BLOCK_M
+    return few and max(cell.rows, 4 if cell.native else 16) >= tile.BLOCK_M
 
 
 def _ways(cell: Cell, found) -> Iterator[Candidate]:
