@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from sgtriton_kernels.records import device_name
 
 from sgtriton.tables import format_table
 
@@ -95,7 +96,7 @@ def run(
         raise ValueError(f"--out must be an empty folder or none yet, got {folder}")
     folder.mkdir(parents=True, exist_ok=True)
     here = {
-        "device": correctness.device_name(device), "torch": torch.__version__,
+        "device": device_name(device), "torch": torch.__version__,
         "triton": correctness.triton_version(), "commit": commit(),
     }  # fmt: skip
     lines = [Summary(part.name, **here) for part in parts]

@@ -160,7 +160,7 @@ def _tuned_row(tuned: Tuned, device: torch.device) -> TunedRow:
         density=round(cell.density, 4), M=cell.M, N=cell.N, K=cell.K, status=tuned.status,
         candidate=tuned.choice.candidate.name, source=tuned.choice.source,
         gain=round(tuned.gain, 3), ms=round(tuned.ms, 4), **circumstances(),
-        device=correctness.device_name(device),
+        device=device_name(device),
     )  # fmt: skip
 
 

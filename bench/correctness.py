@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from sgtriton_kernels import _triton
 from sgtriton_kernels._impl import resolve_impl
+from sgtriton_kernels.records import device_name
 
 import sgtriton
 from sgtriton.tables import format_table
@@ -35,7 +36,7 @@ from . import (
     checks_tiles,
 )
 from .judge import Check, Place, SkippedError, WrongError
-from .rows import append, commit, cpu
+from .rows import append, commit
 from .workers import Lost, in_processes
 
 OK, WRONG, FAILED, SKIPPED = "ok", "wrong", "failed", "skipped"
@@ -161,11 +162,6 @@ def row(
 def default_jobs(place: Place) -> int:
     """Processes that compile side by side for a card; a CPU is busy with one."""
     return min(8, os.cpu_count() or 1) if place.is_card else 1
-
-
-def device_name(device: torch.device) -> str:
-    """What the device is called by its maker."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu()
 
 
 def triton_version() -> str:

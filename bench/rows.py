@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 import torch
 from sgtriton_kernels._triton import triton
+from sgtriton_kernels.records import device_name
 
 import sgtriton
 
@@ -239,7 +240,7 @@ def circumstances() -> dict[str, Any]:
     """The fields that say where and with what a row of timings was measured."""
     return {
         "threads": torch.get_num_threads(),
-        "cpu": cpu(),
+        "cpu": device_name(torch.device("cpu")),
         "sgtriton": sgtriton.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -250,17 +251,5 @@ def circumstances() -> dict[str, Any]:
 def where(device: torch.device) -> dict[str, Any]:
     """The fields of :class:`Timing` that say where and with what it was measured."""
     here = circumstances()
-    name = here.pop("cpu")
-    if device.type != "cpu":
-        name = torch.cuda.get_device_name(device)
-    return here | {"device": name, "triton": getattr(triton, "__version__", "-")}
-
-
-def cpu() -> str:
-    """The processor's name, as the system says it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return "unknown"
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else "unknown"
+    del here["cpu"]
+    return here | {"device": device_name(device), "triton": getattr(triton, "__version__", "-")}
