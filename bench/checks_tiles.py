@@ -12,7 +12,8 @@ from sgtriton_kernels import bsr_linear, bsr_linear_ref
 from sgtriton_kernels._triton import is_native
 from sgtriton_kernels.bsr_library import library_serves
 from sgtriton_kernels.bsr_product import bsr_linear_dvalues, bsr_linear_dx
-from sgtriton_kernels.candidates import Candidate, named
+from sgtriton_kernels.candidate import Candidate
+from sgtriton_kernels.candidates import named
 from sgtriton_kernels.tiles import BsrTile
 
 from .checks_blocks import Pair, dense_linear, size_of, sparse, with_values

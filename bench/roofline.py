@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from sgtriton_kernels.candidates import BSR_LINEAR_CANDIDATES
+from sgtriton_kernels.bsr_candidates import BSR_LINEAR_CANDIDATES
 from sgtriton_kernels.cards import CARD_NAMES, card
 from sgtriton_kernels.cell import Cell
 

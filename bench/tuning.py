@@ -21,8 +21,9 @@ from sgtriton_kernels.bsr_choice import cell_of
 from sgtriton_kernels.candidates import candidates
 from sgtriton_kernels.lookup import analytic
 
+from sgtriton.bsr_problem import BsrLinearProblem
 from sgtriton.cold import ColdTimer
-from sgtriton.search import Problem, search
+from sgtriton.search import search
 from sgtriton.tables import format_table
 
 from . import timed
@@ -72,7 +73,7 @@ def measure(
     is_open = torch.rand(-(-n // block), -(-k // block)) < share
     w = BlockSparse.from_dense(torch.randn(n, k), (block, block), open=is_open)
     cell = cell_of("fwd", w, "torch", torch.empty(m, k))
-    problem = Problem(cell, w, torch.Generator().manual_seed(0))
+    problem = BsrLinearProblem(cell, w, torch.Generator().manual_seed(0))
     reasoned, all_of_them = analytic(cell).candidate, candidates(cell)
     found = search(problem, reasoned, all_of_them, time.perf_counter() + seconds)
     tuned = reasoned if found is None else found.candidate

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sgtriton_kernels._triton import version
-from sgtriton_kernels.candidates import ANALYTIC
+from sgtriton_kernels.candidate import ANALYTIC
 from sgtriton_kernels.lookup import analytic
 from sgtriton_kernels.records import source
 
@@ -43,7 +43,7 @@ def make_table(
         "status": status,
         **facts,
         "triton": version(),
-        "source": source("triton"),
+        "source": source("bsr_linear", "triton"),
         "entries": list(entries),
     }
 

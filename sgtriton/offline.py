@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from sgtriton_kernels.candidates import Candidate
+from sgtriton_kernels.candidate import Candidate
 from sgtriton_kernels.cards import card
 from sgtriton_kernels.cell import Cell
 from sgtriton_kernels.tiles import BsrTile

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from sgtriton_kernels.candidates import ANALYTIC, candidates
+from sgtriton_kernels.candidate import ANALYTIC
+from sgtriton_kernels.candidates import candidates
 from sgtriton_kernels.cards import card
 from sgtriton_kernels.cell import Cell
 from sgtriton_kernels.lookup import analytic

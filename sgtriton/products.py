@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,8 @@ from sgtriton_kernels.bsr_choice import cell_of
 from sgtriton_kernels.cell import Cell
 from torch import nn
 
+from .bsr_problem import BsrLinearProblem
+from .problem import Problem
 from .sparse_layers import SparseModule
 
 
@@ -89,11 +92,19 @@ def products_of(model: nn.Module, example_input: Any) -> list[Product]:
 
 @dataclass(frozen=True)
 class Work:
-    """A pass to search for; inputs are made when its turn comes."""
+    """A pass to search for.
+
+    Args:
+        name: of the layer.
+        cell: the product.
+        device: where it is computed.
+        problem: makes its inputs, when its turn comes.
+    """
 
     name: str
     cell: Cell
-    matrix: BlockSparse
+    device: torch.device
+    problem: Callable[[torch.Generator], Problem]
 
     @property
     def label(self) -> str:
@@ -101,10 +112,6 @@ class Work:
         which = self.cell.op.split()[-1]
         name = self.name or f"{self.cell.N}x{self.cell.K}"
         return f"{name}, M {self.cell.M}" + (f", {which}" if which != "fwd" else "")
-
-    @property
-    def device(self) -> torch.device:
-        return self.matrix.values.device
 
 
 def work_of(products: Iterable[Product]) -> Iterator[Work]:
@@ -124,4 +131,6 @@ def work_of(products: Iterable[Product]) -> Iterator[Work]:
             x, dy = like.new_empty(m, k), like.new_empty(m, n)
             for which in passes:
                 operands = {"fwd": (x,), "dx": (dy,), "dvalues": (dy, x)}[which]
-                yield Work(product.name, cell_of(which, w, impl, *operands), w)
+                cell = cell_of(which, w, impl, *operands)
+                make = functools.partial(BsrLinearProblem, cell, w)
+                yield Work(product.name, cell, like.device, make)

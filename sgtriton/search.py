@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import statistics
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
-import torch.nn.functional as F
-from sgtriton_kernels import BlockSparse, bsr_linear
-from sgtriton_kernels._scratch import fill_scratch
-from sgtriton_kernels.bsr_product import bsr_linear_dvalues, bsr_linear_dx
-from sgtriton_kernels.candidates import Candidate
-from sgtriton_kernels.cell import Cell
+from sgtriton_kernels.candidate import Candidate
 
-from .cold import ColdTimer, wait_for
+from .cold import ColdTimer
+from .problem import Problem
 
 GAIN = 1.03  # of the present choice's speed, that another must reach to take its place
-_EXACT = 900  # products in a sum of whole numbers, so that each dtype holds it exactly
-_CHECKS = 2  # inputs that a candidate must multiply rightly
 _HOPELESS = 1.5  # times the fastest first call, from which a candidate is timed no more
 _ROUNDS = 31  # of calls in turns, after which no more are needed
 _FEWEST = 5  # rounds without which nothing is decided
@@ -48,120 +38,6 @@ class Found:
     gain: float
     timed: int
     skipped: dict[str, str]
-
-
-class Problem:
-    """A product with inputs, on which candidates are tried.
-
-    Args:
-        cell: the product.
-        matrix: the weight, on the device; its pattern counts, its values do not.
-        generator: of the inputs, on the device.
-    """
-
-    def __init__(self, cell: Cell, matrix: BlockSparse, generator: torch.Generator):
-        self.cell, self.matrix, self._generator = cell, matrix, generator
-        self.device = matrix.values.device
-        self.x = self._random(cell.M, cell.K)
-        self.dy = self._random(cell.M, cell.N) if cell.op != "bsr_linear fwd" else None
-
-    def _random(self, *shape: int) -> torch.Tensor:
-        t = torch.randn(shape, device=self.device, generator=self._generator)
-        return t.to(self.cell.dtype)
-
-    def call(self, candidate: Candidate) -> torch.Tensor:
-        """The product, as a candidate computes it."""
-        return self._compute(candidate, self.x, self.dy, self.matrix)
-
-    def _compute(
-        self, candidate: Candidate, x: torch.Tensor, dy: torch.Tensor | None, w: BlockSparse
-    ) -> torch.Tensor:
-        if self.cell.op == "bsr_linear fwd":
-            return bsr_linear(x, w, impl=self.cell.impl, tile=candidate.tile or candidate.name)
-        assert dy is not None
-        tile, k = candidate.tile, self.cell.K
-        if self.cell.op == "bsr_linear dx":
-            if tile is None:
-                return dy @ w.to_dense()
-            return bsr_linear_dx(dy, w.values, w.ccol, w.row, w.perm, k, tile)
-        assert tile is not None
-        return bsr_linear_dvalues(dy, x, w.values, w.row, w.col, w.perm, tile)
-
-    def least_seconds(self, count: int) -> float:
-        """About what a search among ``count`` candidates takes at least.
-
-        The products that results are compared with, and each candidate over the stored blocks.
-        """
-        cell = self.cell
-        products = _CHECKS * (1 + count * cell.density)
-        return products * cell.M * cell.N * cell.K / _fp64_rate(self.device)
-
-    def wrong(self, candidate: Candidate) -> str | None:
-        """Why a candidate's results are wrong, or ``None``.
-
-        Whole numbers are multiplied, few enough that no dtype rounds a sum: what is not equal is
-        wrong. Memory that a call takes is full of NaN, so that what it leaves out shows.
-        """
-        for x, dy, w, expected in self._checks:
-            with _nan_filled():
-                out = self._compute(candidate, x, dy, w)
-            wait_for(self.device)
-            if out.shape != expected.shape or out.dtype != self.cell.dtype:
-                return f"gives {out.dtype} {list(out.shape)} for {list(expected.shape)}"
-            differ = int((out.double() != expected).sum())  # NaN differs from everything
-            if differ:
-                return f"wrong in {differ} of {out.numel()} elements"
-        return None
-
-    @functools.cached_property
-    def _checks(self) -> list[tuple[torch.Tensor, torch.Tensor | None, BlockSparse, torch.Tensor]]:
-        """Inputs of whole numbers, and what comes out."""
-        inputs = [self._whole_numbers() for _ in range(_CHECKS)]
-        return [(x, dy, w, self._expected(x, dy, w)) for x, dy, w in inputs]
-
-    def _whole_numbers(self) -> tuple[torch.Tensor, torch.Tensor | None, BlockSparse]:
-        cell, w = self.cell, self.matrix
-        terms = {"fwd": cell.K, "dx": cell.N, "dvalues": cell.M}[cell.op.split()[1]]
-        share = min(1.0, _EXACT / max(terms, 1))
-
-        def signs(*shape: int, share: float = 1.0) -> torch.Tensor:
-            u = torch.rand(shape, device=self.device, generator=self._generator)
-            return (torch.where(u < share / 2, -1.0, 0.0) + (u > 1 - share / 2)).to(cell.dtype)
-
-        values = signs(*w.values.shape)
-        matrix = BlockSparse._from_index(values, w.index_tensors, w.shape)
-        x = signs(cell.M, cell.K, share=share)
-        return x, None if self.dy is None else signs(cell.M, cell.N, share=share), matrix
-
-    def _expected(self, x: torch.Tensor, dy: torch.Tensor | None, w: BlockSparse) -> torch.Tensor:
-        dense = w.to_dense().double()  # of fp32 a card may take fewer bits
-        if dy is None:
-            return F.linear(x.double(), dense)
-        if self.cell.op == "bsr_linear dx":
-            return dy.double() @ dense
-        return _taken(dy.double().T @ x.double(), w)
-
-
-@functools.cache
-def _fp64_rate(device: torch.device) -> float:
-    """Multiply-adds a second of a product in fp64, about."""
-    x, w = (torch.ones(n, 1024, dtype=torch.float64, device=device) for n in (64, 1024))
-    seconds = []
-    for _ in range(3):
-        wait_for(device)
-        begin = time.perf_counter()
-        torch.matmul(x, w)
-        wait_for(device)
-        seconds.append(time.perf_counter() - begin)
-    return x.numel() * len(w) / max(min(seconds), 1e-9)
-
-
-def _taken(whole: torch.Tensor, w: BlockSparse) -> torch.Tensor:
-    """The stored blocks' places in a matrix ``[N, K]``, zeros beyond a ragged edge."""
-    (n, k), (bn, bk) = w.shape, w.block
-    padded = F.pad(whole, (0, w.block_cols * bk - k, 0, w.block_rows * bn - n))
-    blocks = padded.view(w.block_rows, bn, w.block_cols, bk).transpose(1, 2)
-    return blocks[w.block_row.long(), w.col[: w.nnz].long()]
 
 
 def search(
@@ -267,21 +143,3 @@ def _decide(
     if best == present or gain <= GAIN or surely <= 1:
         best, gain = present, 1.0
     return Found(best, medians[best], medians[present], gain, timed, skipped)
-
-
-@contextlib.contextmanager
-def _nan_filled() -> Iterator[None]:
-    """Memory that is allocated, and what calls keep of it, is full of NaN."""
-    fill_scratch(float("nan"))
-    before = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    fills = torch.utils.deterministic.fill_uninitialized_memory  # pyright: ignore
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True  # pyright: ignore
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of ops that are not deterministic
-            yield
-    finally:
-        torch.use_deterministic_algorithms(before, warn_only=warn_only)
-        torch.utils.deterministic.fill_uninitialized_memory = fills  # pyright: ignore

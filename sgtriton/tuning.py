@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 from sgtriton_kernels._autocast import without_autocast
-from sgtriton_kernels.candidates import ANALYTIC, candidates
+from sgtriton_kernels.candidate import ANALYTIC
+from sgtriton_kernels.candidates import candidates
 from sgtriton_kernels.cell import Cell
 from sgtriton_kernels.lookup import Choice, analytic, choose, full_key, recorded, tell
 from sgtriton_kernels.records import architecture, cache_folder
@@ -23,7 +24,7 @@ from torch import nn
 
 from .cross_compile import COPY_ENGINES
 from .products import Product, Work, products_of, work_of
-from .search import Found, Problem, search
+from .search import Found, search
 from .tune_cache import sweep, write_record
 from .tune_ranks import agreed, in_group, receive_names, send_names
 from .tune_report import Tuned, TuneInterrupted, TuneReport
@@ -213,7 +214,7 @@ def _tune_one(
     if time.perf_counter() > until:
         return Tuned(item.name, cell, "not reached", present)
     with without_autocast(device):  # products are searched in their own dtype
-        problem = Problem(cell, item.matrix, random)
+        problem = item.problem(random)
         if time.perf_counter() + problem.least_seconds(len(others)) > until:
             return Tuned(item.name, cell, "not reached", present)
         found = search(

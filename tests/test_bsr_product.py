@@ -11,6 +11,7 @@ from helpers import DTYPES, assert_exact, assert_within_twice, integers, layouts
 from sgtriton_kernels import bsr_product
 from sgtriton_kernels._triton import INTERPRETED, is_native, why_not_triton
 from sgtriton_kernels.bsr import BlockSparse
+from sgtriton_kernels.bsr_candidates import BSR_LINEAR_CANDIDATES
 from sgtriton_kernels.bsr_product import (
     PairedRows,
     bsr_linear_dvalues,
@@ -19,7 +20,6 @@ from sgtriton_kernels.bsr_product import (
     bsr_linear_fwd_pairs,
     pair_rows,
 )  # fmt: skip
-from sgtriton_kernels.candidates import BSR_LINEAR_CANDIDATES
 from sgtriton_kernels.tiles import BsrTile, tile_for_bsr_linear
 from test_bsr import patterns
 

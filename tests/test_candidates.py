@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import assert_exact, integers, poisoned
 from sgtriton_kernels import BlockSparse, bsr_linear
-from sgtriton_kernels import candidates as module
+from sgtriton_kernels import bsr_candidates as module
 from sgtriton_kernels._triton import INTERPRETED
 from sgtriton_kernels.bsr_choice import cell_of
 from sgtriton_kernels.bsr_product import bsr_linear_dvalues, bsr_linear_dx

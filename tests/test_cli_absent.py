@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from sgtriton_kernels.candidates import UNPACK, Candidate
+from sgtriton_kernels.candidate import UNPACK, Candidate
 from sgtriton_kernels.lookup import analytic
 
 from sgtriton import cli_absent, predicted

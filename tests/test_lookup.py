@@ -12,7 +12,8 @@ from helpers import assert_exact, integers
 from sgtriton_kernels import BlockSparse, bsr_linear, bsr_torch, lookup, records
 from sgtriton_kernels.block_products import multiply
 from sgtriton_kernels.bsr_choice import cell_of, choice_for
-from sgtriton_kernels.candidates import ANALYTIC, candidates, named
+from sgtriton_kernels.candidate import ANALYTIC
+from sgtriton_kernels.candidates import candidates, named
 from sgtriton_kernels.cards import card
 from sgtriton_kernels.cell import Cell
 from sgtriton_kernels.lookup import analytic, choose, full_key, tell

@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 import torch
-from sgtriton_kernels.candidates import UNPACK, Candidate, candidates
+from sgtriton_kernels.candidate import UNPACK, Candidate
+from sgtriton_kernels.candidates import candidates
 from sgtriton_kernels.cards import card
 from sgtriton_kernels.cell import Cell
 from sgtriton_kernels.tiles import BsrTile

@@ -9,7 +9,8 @@ import pytest
 import torch
 from sgtriton_kernels import lookup, records
 from sgtriton_kernels._triton import version
-from sgtriton_kernels.candidates import UNPACK, candidates
+from sgtriton_kernels.candidate import UNPACK
+from sgtriton_kernels.candidates import candidates
 from sgtriton_kernels.cards import CARD_NAMES, card
 from sgtriton_kernels.cell import Cell
 from sgtriton_kernels.lookup import analytic, choose
@@ -215,7 +216,7 @@ def test_a_table_holds_what_gains_a_tenth():
     head = {name: value for name, value in table.items() if name != "entries"}
     assert head == {
         "card": "RTX 4090", "architecture": "sm_89", "status": "predicted", "ranked": 5,
-        "triton": version(), "source": records.source("triton"),
+        "triton": version(), "source": records.source("bsr_linear", "triton"),
     }  # fmt: skip
     with pytest.raises(ValueError, match="no card is named 'H300'"):
         table_of("H300", found)

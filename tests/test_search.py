@@ -8,12 +8,14 @@ import torch
 from sgtriton_kernels import BlockSparse, block_products, bsr_torch
 from sgtriton_kernels._scratch import scratch_parts
 from sgtriton_kernels.bsr_choice import cell_of
-from sgtriton_kernels.candidates import Candidate, candidates
+from sgtriton_kernels.candidate import Candidate
+from sgtriton_kernels.candidates import candidates
 from sgtriton_kernels.lookup import analytic
 
 from sgtriton import search as module
+from sgtriton.bsr_problem import BsrLinearProblem
 from sgtriton.cold import ColdTimer
-from sgtriton.search import Problem, search
+from sgtriton.search import search
 
 NAMES = "abcdefgh"
 CANDIDATES = [Candidate(name, way=name) for name in NAMES]
@@ -149,7 +151,7 @@ def problem(which="fwd", m=20, side=16, dtype=torch.float32):
     x, dy = torch.empty(m, 14 * side, dtype=dtype), torch.empty(m, 12 * side, dtype=dtype)
     operands = {"fwd": (x,), "dx": (dy,), "dvalues": (dy, x)}[which]
     cell = cell_of(which, w, "torch", *operands)
-    return Problem(cell, w, torch.Generator().manual_seed(0))
+    return BsrLinearProblem(cell, w, torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

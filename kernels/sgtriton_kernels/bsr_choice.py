@@ -12,7 +12,8 @@ from ._triton import dot_precision, is_native
 from .block_products import Choices
 from .bsr import BlockSparse
 from .bsr_library import library_serves
-from .candidates import Candidate, named
+from .candidate import Candidate
+from .candidates import named
 from .cell import Cell
 from .lookup import choose, now
 from .tiles import BsrTile

@@ -7,7 +7,7 @@ import torch
 from .activations import ACTIVATIONS
 from .block_products import BlockIndex, multiply, multiply_bwd
 from .bsr_library import library_matrix, library_product
-from .candidates import Candidate
+from .candidate import Candidate
 
 
 def bsr_linear_torch(

@@ -15,12 +15,10 @@ from pathlib import Path
 import torch
 
 from ._triton import is_native
-from .block_products import ELEMENTS, choose_way
-from .bsr_library import library_is_faster, library_serves
-from .candidates import ANALYTIC, Candidate, candidates, named
+from .candidate import ANALYTIC, Candidate
+from .candidates import candidates, named, reasoned
 from .cell import Cell
 from .records import cache_folder, file_name, place, read_record, table_entry
-from .tiles import tile_for_bsr_linear
 
 _MOST = 4096  # choices that are remembered
 # what is predicted of a candidate must be so much better than reasoning to be believed
@@ -98,7 +96,7 @@ def full_key(cell: Cell, device: torch.device, rows: int | None = None) -> dict[
     """What a record of this user's is found by: product, place, and the space of candidates."""
     names = ",".join(named(cell.op, cell.impl, cell.native))
     space = hashlib.sha256(names.encode()).hexdigest()[:16]
-    return cell.key(rows) | place(device, cell.impl) | {"space": space}
+    return cell.key(rows) | place(device, cell.op, cell.impl) | {"space": space}
 
 
 def _look_up(cell: Cell, device: torch.device) -> Choice:
@@ -134,27 +132,5 @@ def _from_table(card: str, entry: dict, known: dict[str, Candidate]) -> Choice |
 @functools.lru_cache(_MOST)
 def analytic(cell: Cell) -> Choice:
     """What reasoning gives: legal on every card, and never looked up."""
-    if cell.impl == "torch":
-        candidate, reasons = _analytic_way(cell)
-    else:
-        reasons = []
-        tile = tile_for_bsr_linear(
-            cell.op.removeprefix("bsr_linear "), cell.M, cell.N, cell.K, cell.block, cell.nnz,
-            cell.dtype, cell.aligned, cell.native, reasons,
-        )  # fmt: skip
-        candidate, reasons = Candidate(tile.name, tile), "; ".join(reasons)
+    candidate, reasons = reasoned(cell)
     return Choice(candidate, "analytic", reasons)
-
-
-def _analytic_way(cell: Cell) -> tuple[Candidate, str]:
-    known = named(cell.op, cell.impl, cell.native)
-    serves = library_serves((cell.N, cell.K), cell.block, cell.dtype)
-    if serves and library_is_faster(cell.M, cell.block, cell.block_rows, cell.nnz, cell.density):
-        return known["library"], "few rows, or small blocks: the library's product is one call"
-    longest = cell.longest if cell.longest is not None else -(-cell.nnz // cell.block_rows)
-    way, reasons = choose_way(
-        cell.M, cell.block, cell.nnz, (cell.block_rows, cell.block_cols), lambda: longest
-    )
-    candidate = known[way]
-    assert candidate.elements in (None, ELEMENTS), candidate
-    return candidate, reasons

@@ -159,14 +159,14 @@ def architecture(device: torch.device) -> str:
     return torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else device.type
 
 
-def place(device: torch.device, impl: str) -> dict[str, object]:
+def place(device: torch.device, op: str, impl: str) -> dict[str, object]:
     """What a time depends on beside the product: the device, and what computes."""
     found: dict[str, object] = {
         "device": device_name(device),
         "architecture": architecture(device),
         "threads": torch.get_num_threads() if device.type == "cpu" else 0,
         "library": _torch_version() if impl == "torch" else f"triton {version()}",
-        "source": source(impl),
+        "source": source(op, impl),
     }
     if impl == "triton" and INTERPRETED:
         found["library"] = "interpreter"
@@ -178,17 +178,17 @@ def _torch_version() -> str:
     return "torch " + ".".join(torch.__version__.split("+")[0].split(".")[:2])
 
 
-# what computes the products, by implementation: a change of theirs makes records stale
+# what computes the products, by op and implementation: a change of theirs makes records stale
 _SOURCES = {
-    "triton": ("_bf16.py", "_triton.py", "activations.py", "bsr_product.py"),
-    "torch": ("_scratch.py", "block_products.py", "bsr_library.py", "bsr_torch.py"),
+    ("bsr_linear", "triton"): ("_bf16.py", "_triton.py", "activations.py", "bsr_product.py"),
+    ("bsr_linear", "torch"): ("_scratch.py", "block_products.py", "bsr_library.py", "bsr_torch.py"),
 }
 
 
 @functools.cache
-def source(impl: str) -> str:
-    """A hash of the code that computes the products."""
+def source(op: str, impl: str) -> str:
+    """A hash of the code that computes the products of an op, or of its pass."""
     found = hashlib.sha256()
-    for name in _SOURCES[impl]:
+    for name in _SOURCES[op.split(" ")[0], impl]:
         found.update((_FOLDER / name).read_bytes())
     return found.hexdigest()[:16]
