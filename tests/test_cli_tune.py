@@ -15,7 +15,7 @@ from sgtriton_kernels import bsr_linear, lookup
 from torch import nn
 
 import sgtriton
-from sgtriton import cli_tune, cold, search, tuning
+from sgtriton import cli_tune, cold, problem, search, tuning
 from sgtriton.cli import main
 from sgtriton.demo.models import make_model
 
@@ -222,7 +222,7 @@ def test_product_that_takes_longer_than_the_time_is_not_begun(
     cache, quick, timings, monkeypatch, capsys
 ):
     """As if the device computed 3 M multiply-adds a second in fp64."""
-    monkeypatch.setattr(search, "_fp64_rate", lambda device: 3e6)
+    monkeypatch.setattr(problem, "_fp64_rate", lambda device: 3e6)
     assert main(["tune", "--shapes", "1x64x64,999x64x96", "--seconds", "3"]) == 0
     _, *rows = table(capsys.readouterr().out)
     assert [" ".join(row[5:7]) for row in rows] == ["2.00x faster", "not reached"]
@@ -387,9 +387,9 @@ class _Terminal(io.StringIO):
 @pytest.fixture
 def wrong_loop(monkeypatch):
     """A candidate whose results are wrong."""
-    real = search.Problem.wrong
+    real = problem.Problem.wrong
     monkeypatch.setattr(
-        search.Problem, "wrong",
+        problem.Problem, "wrong",
         lambda self, c: "wrong in 3 of 9 elements" if c.name == "loop" else real(self, c),
     )  # fmt: skip
 
