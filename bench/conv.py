@@ -182,26 +182,38 @@ def _cells(rows: Iterable[Row]) -> tuple[list[str], list[list[str]]]:
     headers = ["dtype", "batch", "channels", "size"]
     for name in names:
         headers += [name] if name in DENSE else [name, "faster"]
-    cells = []
-    for dtype, batch in dict.fromkeys((row.dtype, row.batch) for row in rows):
-        sums = dict.fromkeys((*names, "best"), 0.0)
-        ours = [row for row in rows if (row.dtype, row.batch) == (dtype, batch)]
-        for key in dict.fromkeys((r.channels, r.out_channels, r.size, r.times) for r in ours):
-            channels, out_channels, size, times = key
-            found = {
-                r.provider: r.ms_p50
-                for r in ours
-                if (r.channels, r.out_channels, r.size) == key[:3]
-            }
-            # one that was wrong or failed on a layer has no time there, and no sum
-            found = {name: found.get(name, math.nan) for name in names}
-            found["best"] = min(found[name] for name in DENSE if name in found)
-            for name, ms in found.items():
-                sums[name] += times * ms
+    cells, of_all = [], sums(rows)
+    for (dtype, batch), layers in _layers(rows).items():
+        for (channels, out_channels, size, _), found in layers.items():
             shown = [dtype, str(batch), f"{channels} to {out_channels}", str(size)]
             cells.append([*shown, *_line(names, found)])
-        cells.append([dtype, str(batch), "all", "", *_line(names, sums)])
+        cells.append([dtype, str(batch), "all", "", *_line(names, of_all[dtype, batch])])
     return headers, cells
+
+
+def sums(rows: Iterable[Row]) -> dict[tuple[str, int], dict[str, float]]:
+    """Milliseconds of all layers by dtype and batch: of each provider, of the faster dense."""
+    found = {}
+    for key, layers in _layers(measured(rows)).items():
+        names = next(iter(layers.values()))
+        found[key] = {
+            name: sum(times * ms[name] for (*_, times), ms in layers.items()) for name in names
+        }
+    return found
+
+
+def _layers(rows: list[Row]) -> dict[tuple[str, int], dict[tuple[int, ...], dict[str, float]]]:
+    """Milliseconds by dtype and batch, layer, and provider; NaN of one that has no time there."""
+    names = dict.fromkeys(row.provider for row in rows)
+    found: dict[tuple[str, int], dict[tuple[int, ...], dict[str, float]]] = {}
+    for r in rows:
+        layers = found.setdefault((r.dtype, r.batch), {})
+        layer = (r.channels, r.out_channels, r.size, r.times)
+        layers.setdefault(layer, dict.fromkeys(names, math.nan))[r.provider] = r.ms_p50
+    for layers in found.values():
+        for ms in layers.values():
+            ms["best"] = min(ms[name] for name in DENSE if name in ms)
+    return found
 
 
 def _line(names: list[str], found: dict[str, float]) -> list[str]:
@@ -222,25 +234,34 @@ def remark(rows: Iterable[Row]) -> str:
     rows = measured(rows)
     if not any(row.form for row in rows):
         return "; where that is below 1, layers that\n`sgtriton.sparsify` makes compute dense."
-    by_key = {(r.dtype, r.batch, r.channels, r.out_channels, r.size, r.provider): r for r in rows}
-    speedups = {
-        key: dense.ms_p50 / r.ms_p50
-        for key, r in by_key.items()
-        if r.provider in LAYER
-        and (dense := by_key.get((*key[:5], DENSE[LAYER.index(r.provider)]))) is not None
-    }
-    slower = [
-        f"{speedup:.2f} at batch {key[1]}, {key[2]} to {key[3]} channels, size {key[4]}"
-        f"{', channels-last' * (key[5] == LAYER[1])} ({by_key[key].form})"
-        for key, speedup in speedups.items()
-        if speedup < SLOWER
-    ]
+    speedups, slower = _speedups(rows), slower_layers(rows)
     return (
         '. "sgtriton" is the\nlayer that `sgtriton.sparsify` makes, in the form fastest when it '
         'was made, "product over\nblocks" is `bsr_conv2d` in any case. On the same images '
         f"{len(slower)} of {len(speedups)} layers are\nslower than {SLOWER} of dense"
         f"{': ' * bool(slower)}{'; '.join(slower)}."
     )
+
+
+def slower_layers(rows: Iterable[Row]) -> list[str]:
+    """Layers that take longer than the dense one on the same images, in words."""
+    return [
+        f"{speedup:.2f} at batch {key[1]}, {key[2]} to {key[3]} channels, size {key[4]}"
+        f"{', channels-last' * (key[5] == LAYER[1])} ({form})"
+        for key, (speedup, form) in _speedups(measured(rows)).items()
+        if speedup < SLOWER
+    ]
+
+
+def _speedups(rows: list[Row]) -> dict[tuple, tuple[float, str]]:
+    """By layer and images, over the dense one on the same images; and the layer's form."""
+    by_key = {(r.dtype, r.batch, r.channels, r.out_channels, r.size, r.provider): r for r in rows}
+    return {
+        key: (dense.ms_p50 / r.ms_p50, r.form)
+        for key, r in by_key.items()
+        if r.provider in LAYER
+        and (dense := by_key.get((*key[:5], DENSE[LAYER.index(r.provider)]))) is not None
+    }
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:

@@ -16,17 +16,14 @@ from . import (
     charts,
     native,
     overhead,
+    readme,
     roofline,
-    serving,
-    serving_tables,
     tuning,
 )
-from .rows import RESULTS, read
+from .rows import RESULTS, details, read
 from .sweep import SWEEPS
 
 PAGE = Path(__file__).parents[1] / "README_BENCH.md"
-README = Path(__file__).parents[1] / "README.md"
-_MARKS = "<!-- serving: written by `python -m bench report` -->\n", "<!-- end of serving -->\n"
 
 _HEAD = """# Measurements
 
@@ -82,7 +79,7 @@ def sections() -> str:
     if predicted := read(RESULTS / "roofline.csv", roofline.Row):
         text += _ROOFLINE + roofline.roofline_table(predicted) + "\n"
     if (compiled := RESULTS / "compile_report.csv").exists():
-        text += _COMPILED + compiled_table(_lines(compiled)) + "\n"
+        text += _compiled(_lines(compiled))
     return text
 
 
@@ -113,6 +110,19 @@ def all_charts() -> list[charts.Chart]:
         for name in SWEEPS
         for chart in _charts(name, folder)
     ]
+
+
+def _compiled(rows: list[dict[str, str]]) -> str:
+    wrong = [row for row in rows if row["violations"] not in ("", "-")]
+    listed = [
+        f"- Triton {r['triton']}, {r['target']}: {r['op']} ({r['variant']}), tile {r['tile']}: "
+        f"{r['violations']}\n"
+        for r in wrong
+    ]
+    text = _COMPILED + compiled_table(rows) + "\n"
+    return text + ("\n" + details(f"Kernels in brackets: {len(wrong)}", "".join(listed))) * bool(
+        wrong
+    )
 
 
 def _lines(path: Path) -> list[dict[str, str]]:
@@ -168,23 +178,6 @@ def compiled_table(rows: list[dict[str, str]]) -> str:
     return "\n".join(lines)
 
 
-def serving_cells() -> list[serving_tables.Cell]:
-    """What was measured of serving on a CPU."""
-    return serving_tables.cells(read(RESULTS / "serving.csv", serving.Row))
-
-
-def readme_with_tables(text: str) -> str:
-    """README.md with its table of serving, and what is lost, as the results give it."""
-    begin, end = _MARKS
-    if text.count(begin) != 1 or text.count(end) != 1:
-        raise ValueError("README.md must hold the marks of its serving table once")
-    before, rest = text.split(begin)
-    found = serving_cells()
-    table = serving_tables.speedups_table(found, "float32")
-    lost = serving_tables.losses_in_short(found)
-    return f"{before}{begin}{table}\n\n{lost}\n{end}{rest.split(end)[1]}"
-
-
 def page() -> str:
     """The whole page, from what the results folder holds."""
     devices = {
@@ -201,16 +194,17 @@ def page() -> str:
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add ``report`` to the command line."""
     command = commands.add_parser(
-        "report", help="write README_BENCH.md, its charts and README.md's table from the CSVs"
+        "report", help="write README_BENCH.md, its charts and README.md's figures from the CSVs"
     )
     command.set_defaults(run=_run)
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    readme = readme_with_tables(README.read_text(encoding="utf-8"))
+    path = readme.README
+    text = readme.with_results(path.read_text(encoding="utf-8"))
     PAGE.write_text(page(), encoding="utf-8")
-    README.write_text(readme, encoding="utf-8")
-    print(f"wrote {PAGE.name} and the serving table of {README.name}")
+    path.write_text(text, encoding="utf-8")
+    print(f"wrote {PAGE.name} and what {path.name} says of results")
     try:
         written = charts.write(all_charts())
     except ImportError as error:

@@ -7,7 +7,7 @@ from sgtriton_kernels import BlockSparse
 from torch import nn
 
 import sgtriton
-from bench import native, report, rows, serving, serving_tables
+from bench import native, rows, serving, serving_tables
 
 
 def made(dtype=torch.float32):
@@ -138,24 +138,6 @@ def test_losses_are_counted_by_block():
     assert large == "blocks of 32x32, float32: a peer ahead by more than 5% in 0 of 1 cells"
     assert max(map(len, lines.splitlines())) <= 100
     assert "0 of 1 cells\n" in serving_tables.losses_in_short([cell()]) + "\n"
-
-
-def test_readme_gets_the_table_and_the_losses_between_its_marks():
-    begin, end = report._MARKS
-    text = report.readme_with_tables(f"before\n{begin}old\n{end}after\n")
-    assert text.startswith(f"before\n{begin}| block |")
-    assert text.endswith(f"{end}after\n")
-    assert serving_tables.losses_in_short(report.serving_cells()) in text
-    assert "old" not in text
-    assert report.readme_with_tables(text) == text
-    for without in (f"{begin}old\n", f"old\n{end}", "old\n", text + text):
-        with pytest.raises(ValueError, match="marks"):
-            report.readme_with_tables(without)
-
-
-def test_table_and_losses_of_the_readme_are_what_the_results_give():
-    text = report.README.read_text(encoding="utf-8")
-    assert report.readme_with_tables(text) == text
 
 
 def test_kernel_is_measured_beside_the_dense_layer(tmp_path, impl):
