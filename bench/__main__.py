@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import sys
+import tempfile
+from collections.abc import Iterator
 
 from . import (
     accuracy,
@@ -18,6 +22,8 @@ from . import (
     sweep,
     tuning,
 )
+
+_CACHE = "SGTRITON_CACHE_DIR"
 
 
 def main() -> int:
@@ -36,10 +42,25 @@ def main() -> int:
     tuning.add_command(commands)
     arguments = parser.parse_args()
     try:
-        return arguments.run(arguments)
+        with _own_records():
+            return arguments.run(arguments)
     except (OSError, ValueError) as error:
         print(f"bench: error: {error}", file=sys.stderr)
         return 2
+
+
+@contextlib.contextmanager
+def _own_records() -> Iterator[None]:
+    """Figures must not depend on what this user tuned before, nor may measuring tune for them."""
+    before = os.environ.get(_CACHE)
+    with tempfile.TemporaryDirectory(prefix="sgtriton-bench-") as folder:
+        os.environ[_CACHE] = folder
+        try:
+            yield
+        finally:
+            del os.environ[_CACHE]
+            if before is not None:
+                os.environ[_CACHE] = before
 
 
 if __name__ == "__main__":

@@ -107,7 +107,7 @@ _SECONDS = 4.0  # for a product at the least: a few tuned rather than many not r
 def tuning_part(deadline: float, folder: Path, device: torch.device) -> Iterator[Progress]:
     """Tune the standard shapes: ``tuning.csv``, and ``<card>.json``, the table that may ship.
 
-    The user's cache holds what was found as well.
+    The sweeps that follow take what was found.
     """
     grid = list(itertools.product(_DENSITIES, _SHAPES, _BLOCKS, _ROWS))
     grid.sort(key=_importance)

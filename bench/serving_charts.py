@@ -14,7 +14,7 @@ from sgtriton import cost_model
 
 from . import roofs, serving
 from .drawing import COLORS, GREY, MARKERS, TICKS, Chart, new_figure, plain_ticks, title_of
-from .serving_tables import COUNTED_MS, side
+from .serving_tables import side
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -72,15 +72,11 @@ def _by_dtype(rows: list[serving.Row]) -> dict[str, list[serving.Row]]:
     }
 
 
-def _dense_ms(row: serving.Row) -> float:
-    return row.ms_p50 / row.ratio
-
-
 def _means(rows: Iterable[serving.Row], provider: str) -> dict[tuple[int, int, float], float]:
-    """Mean speed-up by block, M and sparsity, of cells whose dense time counts."""
+    """Mean speed-up by block, M and sparsity."""
     groups: dict[tuple[int, int, float], list[float]] = {}
     for r in rows:
-        if r.provider == provider and _dense_ms(r) >= COUNTED_MS:
+        if r.provider == provider:
             groups.setdefault((side(r.block), r.M, r.sparsity), []).append(1 / r.ratio)
     return {key: statistics.geometric_mean(values) for key, values in groups.items()}
 

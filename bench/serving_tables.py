@@ -15,17 +15,16 @@ from sgtriton.tables import format_table
 from .rows import Timing, details, measured, notes, paragraphs, summary
 from .timed import SLOWER
 
-COUNTED_MS = 0.3  # dense times from which a cell counts in means
 AHEAD = 0.05  # of a peer's time, by which ours must be longer for the peer to be called ahead
 
 _TEXT = """
 ## Serving a pruned linear layer{on}
 
 A layer without bias, blocks of its weight 0 at random, made sparse by `sgtriton.sparsify` (which
-chooses a form for each bucket of M by timing) and called under `torch.inference_mode`; {threads}
-threads of {device}, PyTorch {torch}, commit {commit}. Speed-up over the dense layer: `F.linear`, on
-a CPU for 16 bits the faster of these and of a copy of the weight in fp32. Geometric means over
-(N, K) = {shapes}, of cells whose dense time is {counted} ms or more; the ideal is 1 / density.
+chooses a form for each bucket of M by timing) and called under `torch.inference_mode`, each call
+with a cold second-level cache; {threads} threads of {device}, PyTorch {torch}, commit {commit}.
+Speed-up over the dense layer: `F.linear`, on a CPU for 16 bits the faster of these and of a copy of
+the weight in fp32. Geometric means over (N, K) = {shapes}; the ideal is 1 / density.
 Peers, in the same turns: {peers} (onnxruntime's threads do not spin between calls). Rerun:
 `{rerun}`. All cells: `{file}`.
 
@@ -94,14 +93,14 @@ def side(block: str) -> int:
 
 
 def mean_share(found: Iterable[Cell]) -> float:
-    """Geometric mean of the shares of the ideal, of cells that take long enough."""
-    shares = [c.share for c in found if c.dense_ms >= COUNTED_MS]
+    """Geometric mean of the shares of the ideal; NaN where there is no cell."""
+    shares = [c.share for c in found]
     return statistics.geometric_mean(shares) if shares else math.nan
 
 
 def mean_speedup(found: Iterable[Cell]) -> float:
-    """Geometric mean of the speed-ups of cells that take long enough; NaN where there is none."""
-    speedups = [c.speedup for c in found if c.dense_ms >= COUNTED_MS]
+    """Geometric mean of the speed-ups; NaN where there is no cell."""
+    speedups = [c.speedup for c in found]
     return statistics.geometric_mean(speedups) if speedups else math.nan
 
 
@@ -214,7 +213,7 @@ def section(rows: list[Row], on: str, file: str) -> str:
     tried = measured(rows)
     others = [r.provider for r in tried if not r.provider.startswith(("sgtriton", "dense", "roof"))]
     text = paragraphs(_TEXT.format(
-        on=on, counted=COUNTED_MS, file=file, peers=", ".join(dict.fromkeys(others)) or "none",
+        on=on, file=file, peers=", ".join(dict.fromkeys(others)) or "none",
         shapes=", ".join(map(str, dict.fromkeys((c.N, c.K) for c in found))),
         rerun="python -m bench sweep serve" + " --device cuda" * bool(on),
         **summary(tried),

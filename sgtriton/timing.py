@@ -1,7 +1,7 @@
 """Interleaved timing: candidates take turns, so that a busy machine slows each of them alike.
 
-Before each sample a candidate is called once unmeasured: otherwise it would pay for what the one
-before it left in the caches, and short calls more than long ones.
+Each call finds the second-level cache cold, as a layer of a model does whose other layers ran since
+its last call.
 """
 
 from __future__ import annotations
@@ -12,10 +12,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from .cold import wait_for
-
-_SAMPLE = 1e-3  # seconds that a sample lasts, or one call
-_LONG = 0.05  # seconds from which what the caches hold makes no difference to a call
+from .cold import ColdTimer
 
 
 def interleaved_ms(
@@ -28,9 +25,9 @@ def interleaved_ms(
 
     Args:
         candidates: called without arguments.
-        device: waited for after each sample.
-        seconds: about how long to measure in all; at least ``rounds`` samples are taken.
-        rounds: fewest samples per candidate.
+        device: waited for after each call.
+        seconds: about how long to measure in all; at least ``rounds`` calls are timed.
+        rounds: fewest timed calls of each candidate.
 
     Returns:
         One median per candidate.
@@ -57,29 +54,13 @@ def samples_ms(
     seconds: float = 0.1,
     rounds: int = 5,
 ) -> list[list[float]]:
-    """Milliseconds of one call of each candidate, sample by sample; see :func:`interleaved_ms`."""
-    repeats = []
-    long = []
+    """Milliseconds of each timed call of each candidate; see :func:`interleaved_ms`."""
     for call in candidates:
         call()  # first calls compile and allocate
-        once = _sample(call, 1, device)
-        repeats.append(max(1, int(_SAMPLE / max(once, 1e-7))))
-        long.append(once > _LONG)
+    timer = ColdTimer(device)
     samples: list[list[float]] = [[] for _ in candidates]
     end = time.perf_counter() + seconds
     while len(samples[0]) < rounds or time.perf_counter() < end:
-        turns = zip(candidates, repeats, long, samples, strict=True)
-        for call, repeat, is_long, taken in turns:
-            if not is_long:
-                call()
-            taken.append(1e3 * _sample(call, repeat, device) / repeat)
+        for call, taken in zip(candidates, samples, strict=True):
+            taken.append(timer.ms(call))
     return samples
-
-
-def _sample(call: Callable[[], object], repeats: int, device: torch.device) -> float:
-    wait_for(device)
-    start = time.perf_counter()
-    for _ in range(repeats):
-        call()
-    wait_for(device)
-    return time.perf_counter() - start

@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import os
 import subprocess
 import sys
 
 import pytest
+from sgtriton_kernels.records import cache_folder
 
 from bench import __main__ as command_line
-from bench import conv, models, roofline, rows, serving, timed, training
+from bench import conv, models, report, roofline, rows, serving, timed, training
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,3 +130,15 @@ def test_results_do_not_mark_a_commit_as_dirty(tmp_path, monkeypatch):
     assert ask() == head
     (tmp_path / "bench" / "rows.py").write_text("2")
     assert ask() == head + "-dirty"
+
+
+def test_measuring_depends_on_no_record_of_the_user(monkeypatch, tmp_path):
+    """Nor does it leave any there."""
+    monkeypatch.setenv("SGTRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["bench", "report"])
+    folders = []
+    monkeypatch.setattr(report, "_run", lambda arguments: folders.append(cache_folder()) or 0)
+    assert command_line.main() == 0
+    assert folders[0] is not None
+    assert tmp_path not in folders[0].parents
+    assert os.environ["SGTRITON_CACHE_DIR"] == str(tmp_path)

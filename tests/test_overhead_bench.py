@@ -25,7 +25,7 @@ def test_every_call_is_timed_in_its_mode(mode, monkeypatch):
         outs.extend(call() for call in calls)
         return [[1.0]] * len(calls)
 
-    monkeypatch.setattr(overhead, "samples_ms", called_once)
+    monkeypatch.setattr(overhead, "back_to_back_ms", called_once)
     measured = overhead.measure(mode, seconds=0.0)
     assert {"served layer, dense", "served layer, sparse"} <= {row.call for row in measured}
     for row, out in zip(measured, outs, strict=True):
