@@ -60,9 +60,11 @@ class Predicted:
 def open_at_random(cell: Cell, sparsity: float) -> Cell:
     """The same product with a random pattern, which is what predictions are of.
 
-    Where rows have few blocks the longest is far above the mean, and lookups ask for that.
+    At least one block is open: a product of nothing is never looked up. Where rows have few blocks
+    the longest is far above the mean, and lookups ask for that.
     """
     cell = at_sparsity(cell, sparsity)
+    cell = replace(cell, nnz=max(1, cell.nnz))
     lengths = row_lengths(cell.block_rows, cell.block_cols, cell.nnz)
     return replace(cell, longest=lengths[0])
 

@@ -4,7 +4,9 @@ import json
 import re
 
 import pytest
+import torch
 from sgtriton_kernels.candidate import UNPACK, Candidate
+from sgtriton_kernels.cell import Cell
 from sgtriton_kernels.lookup import analytic
 
 from sgtriton import cli_absent, predicted
@@ -41,6 +43,19 @@ def test_table_of_a_card_that_is_absent(ranked, tmp_path, capsys):
     assert (table["card"], table["status"], table["ranked"]) == ("H100 SXM", "predicted", 2)
     assert [entry["key"]["rows"] for entry in table["entries"]] == [16, 16, 128, 128]
     assert table["entries"][0]["key"]["dtype"] == "bfloat16"
+
+
+def test_nearly_nothing_open_leaves_a_block(ranked, tmp_path):
+    """There was none, and a table for products that are never looked up."""
+    out = tmp_path / "t.json"
+    arguments = ["--shapes", "16x64x64", "--block", "16x16", "--sparsity", "0.99"]
+    assert main(["tune", "--card", "A10", *arguments, "--out", str(out)]) == 0
+    (key, *_) = [entry["key"] for entry in json.loads(out.read_text())["entries"]]
+    cell = predicted.open_at_random(
+        Cell("bsr_linear fwd", "triton", 16, 64, 64, (16, 16), 0, torch.bfloat16), 0.99
+    )
+    assert (cell.nnz, cell.longest) == (1, 1)
+    assert cell.key()["density"] == key["density"]
 
 
 def test_default_file_is_named_for_the_card(ranked, tmp_path, monkeypatch, capsys):
