@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from .container import read_file, write_file
-from .file_layers import LONGEST_REASON, check_entry, take_stored
+from .file_layers import LONGEST_REASON, check_entry, serve_block, take_stored
 from .layers import GatedModule
 from .patching import Model, leave_fast_paths
 from .planning import Plan, plan_forms
@@ -33,7 +33,7 @@ from .sparse_layers import (
     weight_shape_of,
 )
 from .state import check_states_of
-from .stored import StoredWeight, served_block
+from .stored import StoredWeight
 
 log = logging.getLogger(__name__)
 
@@ -119,10 +119,7 @@ def _load_layers(model: nn.Module, path: Path) -> dict[str, torch.Tensor]:
         saved_as = part.tensors()["values"].dtype
         stored[name] = part = stored_like(part, like.detach())  # pyright: ignore
         recorded = forms[name]
-        if recorded is None or "serve_block" in entry:
-            serve[name] = served_block(part.layout, entry.get("serve_block"))
-        else:
-            serve[name] = None  # the layer that was saved had none
+        serve[name] = serve_block(entry, part.layout)
         if recorded is None or (entry["device"], saved_as) != (like.device.type, like.dtype):
             plans[name] = plan_forms(
                 layer, part, serve_block=serve[name], dense_copy=entry["dense_copy"]

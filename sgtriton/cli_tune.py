@@ -29,7 +29,6 @@ from .options import (
 )
 from .products import Product
 from .progress import Progress
-from .stored import served_block
 from .tables import print_text, terminal_width
 from .tune_report import TuneInterrupted
 from .tuning import check_may_search, choices_of, tune_products
@@ -192,7 +191,7 @@ def _stored_products(
     """The linear layers that a file stores in blocks; says which others it leaves out."""
     products: list[Product] = []
     others: dict[str, list[str]] = {}
-    for name, part in stored_layers(path).items():
+    for name, (part, wide) in stored_layers(path).items():
         # the file may come from anywhere, and a name goes to a terminal
         name = "".join(filter(str.isprintable, name)) or "the model"
         shape = part.layout.weight_shape
@@ -205,7 +204,7 @@ def _stored_products(
         else:
             check_memory("rows", max(rows), shape[0], shape[1], f"{max(rows)} of {name}")
             products.append(Product(name, part.matrix.to(device, dtype), rows, trains))
-            if (wide := served_block(part.layout)) is not None:
+            if wide is not None:
                 merged = part.merged(wide).matrix
                 assert merged is not None
                 products.append(Product(name, merged.to(device, dtype), rows))

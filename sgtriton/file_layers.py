@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from sgtriton_kernels import gate_layout
-from sgtriton_kernels.blocks import matrix_shape
+from sgtriton_kernels.blocks import GateLayout, matrix_shape
 from sgtriton_kernels.kinds import GATE_KINDS
 from torch import nn
 
@@ -27,14 +27,16 @@ _DIMS = {"Linear": 2, "Conv1d": 3, "Conv2d": 4}  # of a weight
 _LONGEST_SIDE = 1 << 24
 
 
-def stored_layers(path: str | os.PathLike[str]) -> dict[str, StoredWeight]:
+def stored_layers(
+    path: str | os.PathLike[str],
+) -> dict[str, tuple[StoredWeight, tuple[int, int] | None]]:
     """The open weights of the layers that a file stores, without a model to load them into.
 
     Args:
         path: file written by :func:`.save`.
 
     Returns:
-        By layer, on the CPU, in the file's dtypes.
+        By layer: its weights, on the CPU, in the file's dtypes, and its :func:`serve_block`.
 
     Raises:
         ValueError: a file that is missing, truncated, damaged, not ours, or of an unknown version;
@@ -42,13 +44,14 @@ def stored_layers(path: str | os.PathLike[str]) -> dict[str, StoredWeight]:
     """
     path = Path(path)
     description, tensors = read_file(path)
-    stored: dict[str, StoredWeight] = {}
+    stored = {}
     try:
         for name, entry in description["layers"].items():
             shown = name or "the model"
             check_entry(shown, entry)
             _check_shape(shown, entry)
-            stored[name] = take_stored(name, entry, tensors)
+            part = take_stored(name, entry, tensors)
+            stored[name] = part, serve_block(entry, part.layout)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     return stored
@@ -89,7 +92,7 @@ def take_stored(name: str, entry: dict[str, Any], tensors: dict[str, torch.Tenso
         names = ("values", "bits") if layout.per_weight else ("values", "crow", "col")
         held = {key: tensors.pop(prefix + key) for key in names if prefix + key in tensors}
         stored = StoredWeight.from_tensors(held, layout)
-        serve = served_block(layout, entry.get("serve_block"))
+        serve = serve_block(entry, layout)
     except ValueError as error:
         raise ValueError(f"{shown}: {error}") from None
     possible = possible_forms(_TYPES[entry["type"]], layout, serve)
@@ -98,6 +101,21 @@ def take_stored(name: str, entry: dict[str, Any], tensors: dict[str, torch.Tenso
             f"{shown}: the layer has the forms {possible}, the file says {sorted(wrong)[0]!r}"
         )
     return stored
+
+
+def serve_block(entry: dict[str, Any], layout: GateLayout) -> tuple[int, int] | None:
+    """The block of a layer's form ``"merged"``; ``None`` where it has none.
+
+    Args:
+        entry: that :func:`check_entry` has passed.
+        layout: of its gates.
+
+    Raises:
+        ValueError: a block that is not made of whole gate blocks.
+    """
+    if entry["forms"] is not None and "serve_block" not in entry:
+        return None  # the layer that was saved had none
+    return served_block(layout, entry.get("serve_block"))
 
 
 def check_entry(shown: str, entry: Any) -> None:

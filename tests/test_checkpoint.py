@@ -1034,6 +1034,16 @@ def test_form_without_its_served_block_is_refused(path):
     refuse(net(), path, r"3: the layer has the forms .*, the file says 'merged'")
 
 
+def test_form_without_its_served_block_is_refused_where_one_would_be_taken_unasked(path):
+    model = nn.Sequential(nn.Linear(64, 64))
+    sgtriton.patch(model, block=(4, 4))
+    sgtriton.save(sgtriton.sparsify(model.eval(), form="merged"), path)
+    description, tensors = unpack(path)
+    assert description["layers"]["0"].pop("serve_block") == [16, 16]
+    pack(path, description, tensors)
+    refuse(nn.Sequential(nn.Linear(64, 64)), path, "0: the layer has the forms .*, the file says")
+
+
 def test_gate_kind_of_no_gates_is_for_models_without(path):
     sgtriton.save(served(), path)
     description, tensors = unpack(path)

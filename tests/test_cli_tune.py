@@ -137,6 +137,20 @@ def test_small_blocks_of_a_file_are_tuned_merged_as_well(cache, quick, tmp_path,
     ]
 
 
+def test_merged_products_of_a_file_are_those_of_its_own_served_block(
+    cache, quick, tmp_path, capsys
+):
+    """They were those of the block that sparsify takes unasked."""
+    model = sgtriton.patch(nn.Sequential(nn.Linear(96, 64)), (4, 4))
+    with torch.no_grad():
+        model[0].gate.copy_((torch.rand_like(model[0].gate) < 0.1).float())
+    sgtriton.sparsify(model.eval(), form="merged", serve_block=(8, 32))
+    sgtriton.save(model, tmp_path / "x")
+    assert main(["tune", "--checkpoint", str(tmp_path / "x"), "--rows", "3"]) == 0
+    assert [cell.block for cell in quick] == [(4, 4), (8, 32)]
+    assert quick[1].nnz == model[0]._matrix_of("merged").nnz
+
+
 def test_model_of_the_demo_is_tuned_and_read_back(cache, timings, tmp_path, capsys):
     blocks = {"fc1": (4, 4), "fc2": (4, 4), "fc3": (1, 1)}
     path = save(make_model("lenet300", 0), tmp_path / "served.safetensors", blocks)

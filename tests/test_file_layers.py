@@ -7,6 +7,7 @@ from test_checkpoint import mixed, pack, served, unpack
 
 import sgtriton
 from sgtriton.file_layers import stored_layers
+from sgtriton.stored import served_block
 
 
 @pytest.fixture
@@ -22,8 +23,9 @@ def test_layers_are_those_of_the_model(path, make):
     loaded = sgtriton.load(make(), path)
     found = stored_layers(path)
     assert list(found) == ["0", "3", "5"]
-    for name, part in found.items():
+    for name, (part, serve) in found.items():
         layer = loaded[int(name)]
+        assert serve == (layer.serve_block if make == served else served_block(part.layout))
         assert part.layout == layer.layout
         assert_exact(name, part.to_dense(), layer.full_weight())
         assert_exact(f"{name}: gates", part.open_gates, layer.stored.open_gates)
