@@ -23,7 +23,7 @@ from sgtriton_kernels.lookup import analytic
 
 from sgtriton.bsr_problem import BsrLinearProblem
 from sgtriton.cold import ColdTimer
-from sgtriton.search import search
+from sgtriton.search import Found, search
 from sgtriton.tables import format_table
 
 from . import timed
@@ -76,7 +76,7 @@ def measure(
     problem = BsrLinearProblem(cell, w, torch.Generator().manual_seed(0))
     reasoned, all_of_them = analytic(cell).candidate, candidates(cell)
     found = search(problem, reasoned, all_of_them, time.perf_counter() + seconds)
-    tuned = reasoned if found is None else found.candidate
+    tuned = found.candidate if isinstance(found, Found) else reasoned
     right = [c for c in all_of_them if problem.wrong(c) is None]
     timer = ColdTimer(problem.device)
     samples: dict[str, list[float]] = {c.name: [] for c in right}

@@ -33,7 +33,7 @@ from .tables import print_text, terminal_width
 from .tune_report import TuneInterrupted
 from .tuning import check_may_search, choices_of, tune_products
 
-_OK, _INTERRUPTED = 0, 130
+_OK, _FAILED, _INTERRUPTED = 0, 1, 130
 _SECONDS, _ROWS = "60", "1,16,128"
 _SEED = 0
 
@@ -261,7 +261,7 @@ def _search(products: list[Product], seconds: float, again: bool) -> int:
         print_text(
             "calls take these from now on; sgtriton.sparsify chooses layers' forms anew by them"
         )
-    return code
+    return _FAILED if code == _OK and report.wrong else code
 
 
 def _explain(products: list[Product]) -> None:

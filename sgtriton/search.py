@@ -40,13 +40,24 @@ class Found:
     skipped: dict[str, str]
 
 
+@dataclass(frozen=True)
+class NoneRight:
+    """What a search found where every candidate, the present one as well, is wrong or fails.
+
+    Args:
+        skipped: name -> why.
+    """
+
+    skipped: dict[str, str]
+
+
 def search(
     problem: Problem,
     present: Candidate,
     others: Sequence[Candidate],
     until: float,
     say: Callable[[str], None] = lambda text: None,
-) -> Found | None:
+) -> Found | NoneRight | None:
     """Find the fastest of some candidates.
 
     The present one stays unless another is faster by more than :data:`GAIN` and than what its own
@@ -80,7 +91,7 @@ def search(
     if present not in first:
         say(f"what is taken now, {present.name}, is skipped: {skipped[present.name]}")
     if not first:
-        return None
+        return NoneRight(skipped)
     best = min(first.values())
     kept = [c for c, ms in first.items() if ms <= _HOPELESS * best or c == present]
     samples = _in_turns(problem, kept, timer, until)

@@ -56,13 +56,18 @@ def _difference(first: list[dict[str, Any]], rank: int, theirs: list[dict[str, A
     return f"of product {i}, {name} is {first[i][name]} on rank 0, {theirs[i][name]} on rank {rank}"
 
 
-def send_names(names: Sequence[str | None]) -> None:
-    """Tell the other ranks what rank 0 takes, by product; ``None`` where it decided nothing."""
-    torch.distributed.broadcast_object_list([list(names)], src=0)
+def send_outcomes(outcomes: Sequence[tuple[str, str | None]]) -> None:
+    """Tell the other ranks what rank 0 found.
+
+    Args:
+        outcomes: by product: its status to them, and what rank 0 takes; ``None`` where it decided
+            nothing.
+    """
+    torch.distributed.broadcast_object_list([list(outcomes)], src=0)
 
 
-def receive_names() -> list[str | None]:
-    """What rank 0 takes, by product; waits for it."""
+def receive_outcomes() -> list[tuple[str, str | None]]:
+    """What :func:`send_outcomes` was given; waits for it."""
     box: list[Any] = [None]
     torch.distributed.broadcast_object_list(box, src=0)
     return box[0]

@@ -20,7 +20,8 @@ class Tuned:
         cell: the product.
         status: ``"cached"``: a record of before was read, nothing timed; ``"kept"``: what was taken
             is the fastest; ``"changed"``; ``"not reached"``: the seconds did not suffice;
-            ``"no choice"``: there is one candidate.
+            ``"no choice"``: there is one candidate; ``"none right"``: every candidate is wrong or
+            fails, what is taken now as well.
         choice: what is taken now, and by whose word.
         gain: how much faster than what was taken before; 1 where nothing changed, infinite where
             that was wrong.
@@ -63,6 +64,11 @@ class TuneReport:
         """Products whose candidates were timed."""
         return sum(row.status in ("kept", "changed") for row in self.rows)
 
+    @property
+    def wrong(self) -> int:
+        """Products that no candidate computes rightly."""
+        return sum(row.status == "none right" for row in self.rows)
+
     def __str__(self) -> str:
         return self.text()
 
@@ -90,7 +96,9 @@ class TuneReport:
     def _count(self) -> str:
         text = f"{self.timed} of {len(self.rows)} products timed, {self.seconds:.1f} s"
         missed = sum(row.status == "not reached" for row in self.rows)
-        return text + (f"; {missed} not reached: run again, or with more seconds" if missed else "")
+        if missed:
+            text += f"; {missed} not reached: run again, or with more seconds"
+        return text + (f"; {self.wrong} that nothing computes rightly" if self.wrong else "")
 
 
 class TuneInterrupted(KeyboardInterrupt):

@@ -24,9 +24,9 @@ from torch import nn
 
 from .cross_compile import COPY_ENGINES
 from .products import Product, Work, products_of, work_of
-from .search import Found, search
+from .search import Found, NoneRight, search
 from .tune_cache import sweep, write_record
-from .tune_ranks import agreed, in_group, receive_names, send_names
+from .tune_ranks import agreed, in_group, receive_outcomes, send_outcomes
 from .tune_report import Tuned, TuneInterrupted, TuneReport
 
 _RESERVE = 0.03  # of the seconds, for what comes after the last search
@@ -136,7 +136,7 @@ def tune_products(
         raise TuneInterrupted(report()) from None
     finally:
         if shared:
-            send_names([_recorded_name(rows.get(i)) for i in range(len(work))])
+            send_outcomes([_outcome(rows.get(i)) for i in range(len(work))])
     return report()
 
 
@@ -222,6 +222,13 @@ def _tune_one(
         )
     if found is None:
         return Tuned(item.name, cell, "not reached", present)
+    if isinstance(found, NoneRight):
+        name = present.candidate.name
+        notes.append(
+            f"{item.label}: none of {len(found.skipped)} candidates computes it rightly; of "
+            f"{name}, which is taken all the same: {found.skipped[name]}"
+        )
+        return Tuned(item.name, cell, "none right", present, skipped=found.skipped)
     return _keep(item, present, found, folder, notes)
 
 
@@ -251,18 +258,21 @@ def _keep(
     return Tuned(item.name, cell, status, choose(cell, device), found.gain, found.ms, found.skipped)
 
 
-def _recorded_name(row: Tuned | None) -> str | None:
-    """What a record of the row names; ``None`` where nothing was decided."""
-    if row is None or row.status in ("not reached", "no choice"):
-        return None
+def _outcome(row: Tuned | None) -> tuple[str, str | None]:
+    """What the other ranks are told of a product: its status, and what a record of it names."""
+    if row is None:
+        return "not reached", None
+    if row.status not in ("cached", "kept", "changed"):
+        return row.status, None
     candidate = row.choice.candidate
-    return ANALYTIC if candidate == analytic(row.cell).candidate else candidate.name
+    name = ANALYTIC if candidate == analytic(row.cell).candidate else candidate.name
+    return "cached", name
 
 
 def _told_by_rank_0(work: Sequence[Work], begin: float) -> TuneReport:
     """Wait for what rank 0 found, and take it."""
     folder, notes, rows = cache_folder(), [], []
-    for item, name in zip(work, receive_names(), strict=True):
+    for item, (status, name) in zip(work, receive_outcomes(), strict=True):
         cell, device = item.cell, item.device
         if name is not None:
             key = full_key(cell, device)
@@ -271,7 +281,6 @@ def _told_by_rank_0(work: Sequence[Work], begin: float) -> TuneReport:
                 reason = write_record(folder, key, name, {"from": "rank 0"})
                 notes += [] if reason is None else [_kept_here(reason)]
             tell(key, name)
-        status = "not reached" if name is None else "cached"
         rows.append(Tuned(item.name, cell, status, choose(cell, device)))
     return TuneReport(tuple(rows), time.perf_counter() - begin, tuple(dict.fromkeys(notes)))
 

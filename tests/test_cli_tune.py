@@ -151,6 +151,16 @@ def test_merged_products_of_a_file_are_those_of_its_own_served_block(
     assert quick[1].nnz == model[0]._matrix_of("merged").nnz
 
 
+def test_products_that_nothing_computes_rightly_end_the_command_with_1(cache, monkeypatch, capsys):
+    monkeypatch.setattr(search.Problem, "wrong", lambda *a: "wrong in 3 of 4 elements")
+    assert main(["tune", *SHAPES, "--seconds", "60"]) == 1
+    out, err = capsys.readouterr()
+    assert {" ".join(row[5:7]) for row in table(out)[1:]} == {"none right"}
+    assert "3 that nothing computes rightly" in out
+    assert "is skipped: wrong in 3 of 4 elements" in err
+    assert "calls take these from now on" not in out
+
+
 def test_model_of_the_demo_is_tuned_and_read_back(cache, timings, tmp_path, capsys):
     blocks = {"fc1": (4, 4), "fc2": (4, 4), "fc3": (1, 1)}
     path = save(make_model("lenet300", 0), tmp_path / "served.safetensors", blocks)

@@ -15,7 +15,7 @@ from sgtriton_kernels.lookup import analytic
 from sgtriton import search as module
 from sgtriton.bsr_problem import BsrLinearProblem
 from sgtriton.cold import ColdTimer
-from sgtriton.search import search
+from sgtriton.search import NoneRight, search
 
 NAMES = "abcdefgh"
 CANDIDATES = [Candidate(name, way=name) for name in NAMES]
@@ -113,6 +113,14 @@ def test_candidate_that_fails_is_skipped_with_a_line(run):
 def test_present_choice_that_is_wrong_gives_way(run):
     found = run(Fake({"a": 1.0, "b": 3.0}, wrong={"a": "wrong in 1 of 4 elements"}))
     assert found.candidate.name == "b"
+
+
+def test_search_in_which_nothing_is_right_says_so(run):
+    """It ended as one for which the time did not suffice."""
+    lines, why = [], {"a": "wrong in 1 of 4 elements", "b": ValueError("no such tile")}
+    found = run(Fake({"a": 1.0, "b": 3.0}, wrong=why), say=lines.append)
+    assert found == NoneRight({"a": why["a"], "b": "fails: ValueError: no such tile"})
+    assert lines[-1] == "what is taken now, a, is skipped: wrong in 1 of 4 elements"
 
 
 def test_nothing_is_decided_without_time(run):

@@ -11,6 +11,7 @@ from torch.multiprocessing.spawn import spawn
 
 import sgtriton
 from sgtriton import tuning
+from sgtriton.search import NoneRight
 from sgtriton.tune_report import TuneInterrupted
 
 X = torch.zeros(9, 64)
@@ -28,6 +29,10 @@ def finds_unpack(problem, present, others, until, say):
     """As if multiplying with the zeros filled in were the fastest."""
     unpack = next(candidate for candidate in others if candidate.name == "unpack")
     return tuning.Found(unpack, 1.0, 2.0, 2.0, 3, {})
+
+
+def finds_nothing_right(problem, present, others, until, say):
+    return NoneRight({candidate.name: "wrong" for candidate in others})
 
 
 def never(*args):
@@ -86,6 +91,11 @@ def check_a_stop_of_rank_0_leaves_nobody_waiting(folder: str, rank: int) -> None
             assert rows[0].choice.candidate.name == "unpack"
 
 
+def check_others_hear_that_nothing_is_right(folder: str, rank: int) -> None:
+    fresh(folder, rank, "wrong", finds_nothing_right)
+    assert [row.status for row in tune(make_model()).rows] == ["none right"] * 2
+
+
 def check_ranks_that_differ_all_raise(folder: str, rank: int) -> None:
     fresh(folder, rank, "differ", never)
     with pytest.raises(ValueError, match="rank 0 has 2 products, rank 1 has 3"):
@@ -119,6 +129,7 @@ def worker(rank: int, folder: str) -> None:
     check_nothing_is_tuned_unasked(folder, rank)
     check_others_take_what_rank_0_found(folder, rank)
     check_a_stop_of_rank_0_leaves_nobody_waiting(folder, rank)
+    check_others_hear_that_nothing_is_right(folder, rank)
     check_ranks_that_differ_all_raise(folder, rank)
     distributed.barrier()
     distributed.destroy_process_group()

@@ -173,6 +173,31 @@ def test_without_a_home_choices_are_kept_in_the_process(model, cache, monkeypatc
     assert tune(model, torch.randn(9, 64), seconds=10).timed == 0
 
 
+def test_product_that_nothing_computes_rightly_is_not_called_unreached(model, cache, monkeypatch):
+    searched = []
+
+    def wrong(problem, candidate):
+        searched.append(problem)
+        return f"wrong in {len(candidate.name)} elements"
+
+    monkeypatch.setattr(tuning.Problem, "wrong", wrong)
+    said = []
+    report = tune_products(products_of(model, torch.randn(9, 64)), 60, say=said.append)
+    assert {row.status for row in report.rows} == {"none right"}
+    assert len(set(map(id, searched))) == len(report.rows)  # no search is tried again
+    assert (report.timed, report.wrong) == (0, 3)
+    row = report.rows[0]
+    taken = row.choice.candidate.name
+    assert row.skipped[taken] == f"wrong in {len(taken)} elements"
+    text = str(report)
+    assert "3 that nothing computes rightly" in text
+    assert "not reached" not in text
+    assert f"of {taken}, which is taken all the same: {row.skipped[taken]}" in text
+    assert any(line.endswith(f"{taken} is skipped: {row.skipped[taken]}") for line in said)
+    assert not list(cache.glob("*.json"))
+    assert lookup.choose(row.cell, torch.device("cpu")) == row.choice
+
+
 def test_time_is_kept(model, cache):
     report = tune(model, torch.randn(9, 64), seconds=1e-6)
     assert {row.status for row in report.rows} == {"not reached"}
