@@ -439,7 +439,7 @@ def test_results_may_be_written_to_in_place(impl, device):
 
 def op_arguments(x, w, bias, impl):
     return (x, w.values, w.crow, w.col, w.ccol, w.row, w.perm, w.row_order, bias, None,
-            w.shape[0], "relu", impl, TILE.pack())  # fmt: skip
+            w.shape[0], "relu", impl, TILE.name if impl == "triton" else "loop")  # fmt: skip
 
 
 def test_op_is_sound(impl, device):
@@ -457,6 +457,58 @@ def test_compiles_without_graph_breaks(backend, impl, device):
         x = torch.randn(m, 48, device=device)
         expected = bsr_linear(x, w, bias, "relu", impl=impl, tile=TILE)
         assert torch.equal(fn(x, w, bias, "relu", impl=impl, tile=TILE), expected)
+
+
+def test_candidate_by_name_compiles_without_a_warning(device, recwarn):
+    """Dynamo warned of a cache that it traced through."""
+    w, x = sparse(32, 48, device=device), torch.randn(3, 48, device=device)
+    fn = torch.compile(bsr_linear, fullgraph=True, backend="eager")
+    for name in ("rows", "unpack"):
+        expected = bsr_linear(x, w, impl="torch", tile=name)
+        assert torch.equal(fn(x, w, impl="torch", tile=name), expected)
+    assert not [str(warning.message) for warning in recwarn if "cache" in str(warning.message)]
+
+
+def test_exported_program_keeps_the_name_of_a_candidate(monkeypatch):
+    """It kept a number in the list of candidates, which another version reads as another one."""
+    w, x = sparse(32, 48, device="cpu"), torch.randn(3, 48)
+
+    class Layer(torch.nn.Module):
+        def __init__(self, tile, impl):
+            super().__init__()
+            self.tile, self.impl = tile, impl
+
+        def forward(self, x):
+            return bsr_linear(x, w, impl=self.impl, tile=self.tile)
+
+    def kept(tile, impl):
+        program = torch.export.export(Layer(tile, impl), (x,))
+        (node,) = [node for node in program.graph.nodes if node.op == "call_function"]
+        return node.args[-1], program.module()
+
+    name, program = kept("rows", "torch")
+    assert name == "rows"
+    taken, real = [], bsr_matmul.bsr_linear_torch
+    monkeypatch.setattr(
+        bsr_matmul, "bsr_linear_torch", lambda *a: taken.append(a[-1].way) or real(*a)
+    )
+    program(x)
+    assert taken == ["rows"]
+    if not INTERPRETED:
+        return
+    tile = BsrTile(16, 32, 16, 2, 1, "weight_left")  # no candidate
+    name, program = kept(tile, "triton")
+    assert BsrTile.of_name(name) == tile
+    dense = w.to_dense()
+    assert_within_twice("out", program(x), x.double() @ dense.double().T, x @ dense.T)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_name_that_this_version_does_not_know_is_said(impl):
+    w, x = sparse(32, 48, device="cpu"), torch.randn(3, 48)
+    index = (w.crow, w.col, w.ccol, w.row, w.perm, w.row_order)
+    with pytest.raises(ValueError, match=r"tile must be .*'of_tomorrow'"):
+        bsr_matmul._bsr_linear_op(x, w.values, *index, None, None, 32, "none", impl, "of_tomorrow")
 
 
 def test_compiles_from_the_buffers_of_a_layer(device):

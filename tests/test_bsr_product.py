@@ -493,6 +493,13 @@ def test_candidates_have_names_and_packed_tiles_come_back():
     for tile in (candidate.tile for candidate in BSR_LINEAR_CANDIDATES):
         assert all(type(number) is int for number in tile.pack())
         assert BsrTile.unpack(tile.pack()) == tile
+        assert BsrTile.of_name(tile.name) == tile
+
+
+@pytest.mark.parametrize("name", ["", "unpack", "x_left", "x_left_n16_m16_k16_s2_w1_", "\u0661"])
+def test_name_of_no_tile_is_refused(name):
+    with pytest.raises(ValueError, match="tile must be named as"):
+        BsrTile.of_name(name)
 
 
 def test_tiles_are_legal():

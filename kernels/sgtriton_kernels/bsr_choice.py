@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
 
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
@@ -86,10 +86,15 @@ def _longest_row(crow: torch.Tensor) -> int | None:
     return longest
 
 
-def pack_choice(
-    choice: BsrTile | str, w: BlockSparse, impl: str, x: torch.Tensor
-) -> list[int] | None:
-    """A caller's choice as numbers, which is what an op of PyTorch takes.
+# by implementation and whether kernels are compiled for a CPU; no cache, which tracers warn of
+_NAMES = {
+    (impl, native): tuple(named("bsr_linear fwd", impl, native))
+    for impl, native in (("torch", False), ("triton", False), ("triton", True))
+}
+
+
+def name_of_choice(choice: BsrTile | str, w: BlockSparse, impl: str, x: torch.Tensor) -> str | None:
+    """A caller's choice as a name: what an op of PyTorch takes, and an exported program keeps.
 
     Returns:
         ``None`` of a tile where no kernel of Triton computes: there it says nothing.
@@ -98,8 +103,8 @@ def pack_choice(
         ValueError: a name of no candidate, or of one that cannot serve the product.
     """
     if isinstance(choice, BsrTile):
-        return choice.pack() if impl == "triton" else None
-    known = named("bsr_linear fwd", impl, impl == "triton" and is_native(x.device))
+        return choice.name if impl == "triton" else None
+    known = _NAMES[impl, impl == "triton" and is_native(x.device)]
     if choice not in known:
         raise ValueError(f"tile must be a BsrTile or one of {', '.join(known)}; got {choice!r}")
     if choice == "library" and not library_serves(w.shape, w.block, x.dtype):
@@ -107,13 +112,24 @@ def pack_choice(
             "tile 'library' takes square blocks that divide the weight, in fp32 or fp64, and a "
             f"PyTorch with MKL; got blocks of {w.block} in {w.shape}, {x.dtype}"
         )
-    return [[*known].index(choice)]
+    return choice
 
 
-def unpack_choice(numbers: Sequence[int], impl: str, x: torch.Tensor) -> Candidate:
-    """What :func:`pack_choice` made numbers of."""
-    known = named("bsr_linear fwd", impl, impl == "triton" and is_native(x.device))
-    if len(numbers) == 1:
-        return [*known.values()][numbers[0]]
-    tile = BsrTile.unpack(numbers)
-    return Candidate(tile.name, tile)
+def choice_of_name(name: str, impl: str, device: torch.device) -> Candidate:
+    """The candidate, or else the tile, of a name that :func:`name_of_choice` gave.
+
+    Raises:
+        ValueError: there is none, since another version of this package gave the name.
+    """
+    return _choice_of_name(name, impl, impl == "triton" and is_native(device))
+
+
+@functools.lru_cache(_MOST)
+def _choice_of_name(name: str, impl: str, native: bool) -> Candidate:
+    known = named("bsr_linear fwd", impl, native).get(name)
+    if known is None and impl == "triton":
+        return Candidate(name, BsrTile.of_name(name))
+    if known is None:
+        names = ", ".join(_NAMES[impl, native])
+        raise ValueError(f"tile must be one of {names}; got {name!r}")
+    return known

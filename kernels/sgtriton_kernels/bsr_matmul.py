@@ -28,7 +28,7 @@ from ._ops import grads_with_graph, is_watched, needs_graph, register_op
 from .activations import ACTIVATIONS, check_activation
 from .bsr import BlockSparse
 from .bsr_checks import check_agrees, check_dtype, check_kinds, why_no_kernel
-from .bsr_choice import cell_of, choice_for, is_capturing, pack_choice, unpack_choice
+from .bsr_choice import cell_of, choice_for, choice_of_name, is_capturing, name_of_choice
 from .bsr_product import (
     PairedRows,
     bsr_linear_dvalues,
@@ -93,15 +93,15 @@ def bsr_linear(
     after = "none"
     if trains:  # its derivative is PyTorch's
         activation, after = after, activation
-    packed = None if tile is None else pack_choice(tile, w, impl, x)
+    chosen = None if tile is None else name_of_choice(tile, w, impl, x)
     if is_watched(*tensors):
         out = _bsr_linear_op(
-            x, values, *w.index_tensors, bias, residual, n, activation, impl, packed
+            x, values, *w.index_tensors, bias, residual, n, activation, impl, chosen
         )
     elif trains:
-        out = _BsrLinear.apply(*tensors, w, (activation, impl, packed))
+        out = _BsrLinear.apply(*tensors, w, (activation, impl, chosen))
     else:
-        out = _forward(*tensors, w, activation, impl, packed)
+        out = _forward(*tensors, w, activation, impl, chosen)
     return out if after == "none" else ACTIVATIONS[after](out)
 
 
@@ -138,7 +138,7 @@ def _forward(
     w: BlockSparse,
     activation: str,
     impl: str,
-    tile: Sequence[int] | None,
+    tile: str | None,
 ) -> torch.Tensor:
     """Compute the product; of ``w`` only shape and index are read."""
     n, k = w.shape
@@ -147,9 +147,12 @@ def _forward(
     if residual is not None and residual.dim() != 2:
         residual2 = residual.reshape(-1, n)
     values = values.contiguous()
-    chosen = unpack_choice(tile, impl, x2) if tile else choice_for("fwd", w, impl, x2)
+    if tile is None:
+        chosen = choice_for("fwd", w, impl, x2)
+    else:
+        chosen = choice_of_name(tile, impl, x2.device)
     is_paired = chosen.tile is not None and chosen.tile.form == "pairs"
-    if is_paired and not tile and is_capturing(x2.device) and _kept_pairs(w) is None:
+    if is_paired and tile is None and is_capturing(x2.device) and _kept_pairs(w) is None:
         chosen = analytic(cell_of("fwd", w, impl, x2)).candidate  # listing pairs would wait
     if chosen.way == "unpack":
         out = _unpacked(x2, values, bias, residual2, w, activation)
@@ -338,7 +341,7 @@ def _bsr_linear_fwd(
     n: int,
     activation: str,
     impl: str,
-    tile: Sequence[int] | None,
+    tile: str | None,
 ) -> torch.Tensor:
     index = crow, col, ccol, row, perm, row_order
     w = _container(values, index, (n, x.shape[-1]), impl)

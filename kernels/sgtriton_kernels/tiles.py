@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,12 @@ _LDS_BYTES = 64 * 1024
 
 
 BSR_FORMS = ("x_left", "weight_left", "vector", "pairs")
+# the sides of a tile, its stages, warps and split: no name holds more digits
+_NAME = re.compile(
+    rf"({'|'.join(BSR_FORMS)})_n(\d{{1,5}})_m(\d{{1,5}})_k(\d{{1,5}})_s(\d{{1,2}})_w(\d{{1,2}})"
+    r"(?:_split(\d{1,5}))?(_bulk)?",
+    re.ASCII,
+)
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,21 @@ class BsrTile:
         text = f"{self.form}_n{self.BLOCK_N}_m{self.BLOCK_M}_k{self.BLOCK_K}"
         text += f"_s{self.num_stages}_w{self.num_warps}"
         return text + f"_split{self.split}" * (self.split > 1) + "_bulk" * self.bulk
+
+    @classmethod
+    def of_name(cls, name: str) -> BsrTile:
+        """The tile that is named so.
+
+        Raises:
+            ValueError: no tile has that name.
+        """
+        found = _NAME.fullmatch(name)
+        if found is None:
+            raise ValueError(f"tile must be named as BsrTile.name does, got {name!r}")
+        form, n, m, k, stages, warps, split, bulk = found.groups()
+        return cls(
+            int(n), int(m), int(k), int(stages), int(warps), form, int(split or 1), bulk is not None
+        )
 
     def pack(self) -> list[int]:
         """As numbers, which is what an op of PyTorch takes."""
