@@ -18,7 +18,7 @@ from sgtriton_kernels._autocast import without_autocast
 from sgtriton_kernels.candidate import ANALYTIC
 from sgtriton_kernels.candidates import candidates
 from sgtriton_kernels.cell import Cell
-from sgtriton_kernels.lookup import Choice, analytic, choose, full_key, recorded, tell
+from sgtriton_kernels.lookup import Choice, analytic, choose, full_key, recordable, recorded, tell
 from sgtriton_kernels.records import architecture, cache_folder
 from torch import nn
 
@@ -235,7 +235,7 @@ def _tune_one(
 def _is_recorded(item: Work, folder: Path | None) -> bool:
     """Whether there is a record for a product that names what can serve it."""
     name = recorded(folder, full_key(item.cell, item.device))
-    return name == ANALYTIC or name in {c.name for c in candidates(item.cell, copy_engine=True)}
+    return name == ANALYTIC or name in recordable(item.cell, item.device)
 
 
 def _keep(

@@ -1,23 +1,27 @@
 """Which candidate a call takes, by whose word; results stay the same whoever decides."""
 
 import dataclasses
+import itertools
 import json
 import random
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import assert_exact, integers
-from sgtriton_kernels import BlockSparse, bsr_linear, bsr_torch, lookup, records
+from sgtriton_kernels import BlockSparse, bsr_linear, bsr_torch, lookup, records, shared_memory
 from sgtriton_kernels.block_products import multiply
 from sgtriton_kernels.bsr_choice import cell_of, choice_for
 from sgtriton_kernels.candidate import ANALYTIC
 from sgtriton_kernels.candidates import candidates, named
 from sgtriton_kernels.cards import card
 from sgtriton_kernels.cell import Cell
-from sgtriton_kernels.lookup import analytic, choose, full_key, tell
+from sgtriton_kernels.lookup import analytic, choose, full_key, recorded, tell
+from sgtriton_kernels.tiles import BsrTile
 
+from sgtriton import tuning
 from sgtriton.choice_table import file_name, make_table, write_table
 from sgtriton.tune_cache import write_record
 
@@ -134,6 +138,95 @@ def test_table_that_ships_comes_after_the_users_record(status, gain, source, cac
     assert source == "analytic" or "H200" in found.reasons
     tell(full_key(cell, CPU), second.name)
     assert choose(cell, CPU).candidate == second
+
+
+class Properties:
+    """What the driver says of a card."""
+
+    def __init__(self, shared: int | None):
+        self.shared_memory_per_block = 48 * 1024
+        if shared is not None:
+            self.shared_memory_per_block_optin = shared
+
+
+@pytest.fixture
+def on_card(cache, monkeypatch):
+    """As if device 0 were a card of an architecture whose programs get so much shared memory."""
+
+    def become(arch: str, shared: int | None) -> torch.device:
+        for module in (records, shared_memory):
+            monkeypatch.setattr(module, "architecture", lambda device: arch)
+        monkeypatch.setattr(records, "device_name", lambda device: f"a card of {arch}")
+        found = Properties(shared)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
+        lookup.forget()
+        return torch.device("cuda", 0)
+
+    yield become
+    lookup.forget()
+
+
+LARGE = Cell("bsr_linear fwd", "triton", 512, 1024, 1024, (128, 128), 20, torch.bfloat16)
+DEEP = BsrTile(128, 128, 64, 4, 8, bulk=True).name  # 128 KiB in four buffers, 96 in three
+
+
+@pytest.mark.parametrize(
+    ("arch", "shared", "is_taken"),
+    [("sm_90", 227, True), ("sm_90", 99, False), ("sm_120", 99, True), ("sm_80", 64, False),
+     ("gfx942", None, False)],
+)  # fmt: skip
+@pytest.mark.parametrize("source", ["cache", "table"])
+def test_record_of_a_tile_that_does_not_fit_the_card_is_not_taken(
+    source, arch, shared, is_taken, on_card, monkeypatch
+):
+    """Its launch failed: out of resource, shared memory."""
+    device = on_card(arch, shared and shared * 1024)
+    monkeypatch.setattr(lookup, "table_entry", lambda device, keys: None)
+    if source == "cache":
+        key = full_key(LARGE, device)
+        assert write_record(records.cache_folder(), key, DEEP, {}) is None
+    else:
+        entry = {"candidate": DEEP, "status": "measured", "gain": 2.0}
+        monkeypatch.setattr(lookup, "table_entry", lambda device, keys: ("H200", entry))
+    lookup.forget()
+    found = choose(LARGE, device)
+    assert (found.source == source) == is_taken
+    assert (found.candidate.name == DEEP) == is_taken
+    assert is_taken or found == analytic(LARGE)
+
+
+def test_record_of_a_tile_that_does_not_fit_is_tuned_anew(on_card):
+    device = on_card("sm_80", 64 * 1024)
+    tell(full_key(LARGE, device), DEEP)
+    assert recorded(None, full_key(LARGE, device)) == DEEP
+    assert not tuning._is_recorded(SimpleNamespace(cell=LARGE, device=device), None)
+
+
+@pytest.mark.parametrize("shared", [99, 163, 227])
+def test_what_reasoning_gives_fits_every_card(shared, on_card):
+    arch = {99: "sm_86", 163: "sm_80", 227: "sm_90"}[shared]
+    device = on_card(arch, shared * 1024)
+    for dtype, block, op, m in itertools.product(
+        (torch.bfloat16, torch.float32), (16, 64, 128),
+        ("bsr_linear fwd", "bsr_linear dx", "bsr_linear dvalues"), (1, 64, 5000),
+    ):  # fmt: skip
+        cell = dataclasses.replace(LARGE, dtype=dtype, block=(block, block), op=op, M=m)
+        assert shared_memory.fits(analytic(cell).candidate.tile, cell, device)
+
+
+def test_shipped_entries_fit_their_card():
+    """None of them is dropped where it was found."""
+    for table in records.tables():
+        most = card(table.card).shared_program_kib * 1024
+        for text, entry in table.entries.items():
+            key = json.loads(text)
+            tile = named(key["op"], "triton", False)[entry["candidate"]].tile
+            bn, bk = map(int, key["block"].split("x"))
+            cell = dataclasses.replace(LARGE, op=key["op"], block=(bn, bk))
+            assert key["dtype"] == "bfloat16"
+            if tile is not None:
+                taken = shared_memory.bytes_of(tile, cell, table.architecture)
+                assert taken <= most, (table.card, text)
 
 
 def test_shipped_tables_name_candidates_and_cards():

@@ -8,10 +8,12 @@ from sgtriton_kernels.candidate import UNPACK, Candidate
 from sgtriton_kernels.candidates import candidates
 from sgtriton_kernels.cards import card
 from sgtriton_kernels.cell import Cell
+from sgtriton_kernels.shared_memory import bytes_of
 from sgtriton_kernels.tiles import BsrTile
 
 from sgtriton import offline, roofline
 from sgtriton.compilers import NO_TIME, Built, Compilers
+from sgtriton.cross_compile import COPY_ENGINES
 from sgtriton.launches import Launch
 from sgtriton.offline import faults, rank
 
@@ -49,6 +51,24 @@ def test_planted_candidates_are_dropped_with_their_reasons(compilers):
     assert reasons["deep"].endswith(f"a program can have {99 * 1024}")
     assert reasons["thin"] == "tiles get 0 buffers, 3 stages take 2"
     assert all(ranked.seconds is ranked.bound is None for ranked in dropped)
+
+
+@pytest.mark.compiles
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("op", ["fwd", "dx", "dvalues"])
+def test_shared_memory_is_no_more_than_reckoned(op, dtype, compilers):
+    """And never so much less that a tile is refused which has room."""
+    cell = dataclasses.replace(CELL, op=f"bsr_linear {op}", dtype=dtype, block=(64, 64), nnz=26)
+    for arch in ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942"):
+        some = candidates(cell, copy_engine=arch in COPY_ENGINES)[:24:3]
+        tiles = [candidate.tile for candidate in some if candidate.tile is not None]
+        launches = [offline._launches(arch, cell, tile)[0] for tile in tiles]
+        found = compilers.build([(arch, launch) for launch in launches])
+        for tile, built in zip(tiles, found, strict=True):
+            if isinstance(built, Built):
+                reckoned = bytes_of(tile, cell, arch)
+                assert built.shared <= reckoned, (arch, tile.name)
+                assert built.shared >= reckoned // 2 or reckoned < 48 * 1024, (arch, tile.name)
 
 
 @pytest.mark.compiles

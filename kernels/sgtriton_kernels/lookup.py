@@ -19,6 +19,7 @@ from .candidate import ANALYTIC, Candidate
 from .candidates import candidates, named, reasoned
 from .cell import Cell
 from .records import cache_folder, file_name, place, read_record, table_entry
+from .shared_memory import fits
 
 _MOST = 4096  # choices that are remembered
 # what is predicted of a candidate must be so much better than reasoning to be believed
@@ -99,11 +100,21 @@ def full_key(cell: Cell, device: torch.device, rows: int | None = None) -> dict[
     return cell.key(rows) | place(device, cell.op, cell.impl) | {"space": space}
 
 
+def recordable(cell: Cell, device: torch.device) -> dict[str, Candidate]:
+    """By name, what a record can name: what cannot serve the product here is as unknown as what
+    does not exist.
+    """
+    return {
+        candidate.name: candidate
+        for candidate in candidates(cell, copy_engine=True)
+        if candidate.tile is None or fits(candidate.tile, cell, device)
+    }
+
+
 def _look_up(cell: Cell, device: torch.device) -> Choice:
     if not cell.M or not cell.nnz:  # nothing is multiplied
         return analytic(cell)
-    # what cannot serve this product is as unknown as what does not exist
-    known = {candidate.name: candidate for candidate in candidates(cell, copy_engine=True)}
+    known = recordable(cell, device)
     folder = cache_folder()
     for rows in cell.near_rows():
         name = recorded(folder, full_key(cell, device, rows))

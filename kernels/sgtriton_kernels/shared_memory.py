@@ -1,0 +1,47 @@
+"""Shared memory: what a tile's program takes of it, and what a device gives one program.
+
+A launch that asks for more fails. What is reasoned fits every card; what a record names need not.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .cell import Cell
+from .records import architecture
+from .tiles import BsrTile
+
+# their matrix units read operands of 16 bits and tf32 from shared memory, so that the step that is
+# multiplied has a buffer as well; elsewhere it lies in registers
+_FROM_BUFFERS = ("sm_90", "sm_100")
+_BESIDES = 256  # bytes of barriers; up to 48 were seen
+
+
+def fits(tile: BsrTile, cell: Cell, device: torch.device) -> bool:
+    """Whether a program of a pass of ``bsr_linear`` gets the shared memory that its tile takes."""
+    if device.type != "cuda":  # a CPU has none, and others are not asked
+        return True
+    return bytes_of(tile, cell, architecture(device)) <= _most(device)
+
+
+def bytes_of(tile: BsrTile, cell: Cell, arch: str) -> int:
+    """Bytes that a program takes: buffers of the pipeline, which sums go through afterwards.
+
+    Args:
+        cell: what it computes.
+        arch: ``"sm_90"``, ``"gfx942"``, ...
+    """
+    bn, bk = cell.block
+    m, k = tile.BLOCK_M, min(tile.BLOCK_K, bk)
+    n = tile.BLOCK_N if tile.form == "pairs" else min(tile.BLOCK_N, bn)
+    step = {"fwd": (n + m) * k, "dx": (k + m) * n, "dvalues": (n + k) * m}[cell.op.split()[1]]
+    reads_buffers = arch in _FROM_BUFFERS and (cell.dtype.itemsize < 4 or cell.precision == "tf32")
+    buffers = tile.num_stages if reads_buffers else max(tile.num_stages - 1, 1)
+    return buffers * step * cell.dtype.itemsize + _BESIDES
+
+
+def _most(device: torch.device) -> int:
+    """Bytes that a program can have, as the driver says."""
+    found = torch.cuda.get_device_properties(device)
+    # AMD's cards have no more than is there unasked
+    return getattr(found, "shared_memory_per_block_optin", found.shared_memory_per_block)
