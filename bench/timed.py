@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from sgtriton_kernels._triton import INTERPRETED, why_not_triton
 
+from sgtriton.cold import ColdTimer
 from sgtriton.timing import samples_ms
 
 from .rows import MEASURED, RESULTS, commit, rounded, significant
@@ -136,23 +137,14 @@ def interleaved(
     """Milliseconds of each call, sample by sample, in turns; on a GPU with a cold L2 cache."""
     if device.type == "cpu":
         return samples_ms(calls, device, seconds, rounds)
-    cache = torch.cuda.get_device_properties(device).L2_cache_size
-    # writing it puts out what the call before left there, and keeps the GPU busy meanwhile
-    flush = torch.empty(max(4 * cache, 2**28), dtype=torch.int8, device=device)
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in calls]
+    timer = ColdTimer(device)
     samples: list[list[float]] = [[] for _ in calls]
     for call in calls:
         call()
     end = time.perf_counter() + seconds
     while len(samples[0]) < rounds or time.perf_counter() < end:
-        for call, (start, stop) in zip(calls, events, strict=True):
-            flush.zero_()
-            start.record()
-            call()
-            stop.record()
-        torch.cuda.synchronize(device)
-        for taken, (start, stop) in zip(samples, events, strict=True):
-            taken.append(start.elapsed_time(stop))
+        for call, taken in zip(calls, samples, strict=True):
+            taken.append(timer.ms(call))
     return samples
 
 

@@ -9,14 +9,18 @@ from pathlib import Path
 import torch
 
 _UNKNOWN_CPU, _UNKNOWN_CARD = 2 << 20, 128 << 20  # bytes of a second-level cache that is not known
-_TIMES = 2  # as much is written as the cache holds
+_TIMES = 2  # as much is written as the cache holds,
+_CARD_TIMES, _CARD_LEAST = 4, 1 << 28  # on a card more, and so many bytes at the least
+# clock cycles that a card is kept busy: about 0.5 ms, longer than a launch takes the processor
+_BUSY = 1_000_000
 
 
 class ColdTimer:
     """Times one call at a time on a device, the second-level cache filled with other data before.
 
-    On a card a call is timed by events behind the filling, which hides what its launch takes the
-    processor; on a CPU by the clock.
+    On a card a call is timed by events on the card, which is still busy when the call is launched:
+    else what the launch takes the processor would be part of the time. It is kept busy by the
+    filling, and by waiting, since filling alone may be the shorter. On a CPU the clock times it.
 
     Args:
         device: of the calls.
@@ -25,6 +29,8 @@ class ColdTimer:
     def __init__(self, device: torch.device):
         self.device = device
         size = _TIMES * _second_level(device)
+        if device.type == "cuda":
+            size = max(_CARD_TIMES * _second_level(device), _CARD_LEAST)
         self._filler = torch.empty(size // 4, dtype=torch.float32, device=device)
         self._value = 0.0
         self._events = None
@@ -37,9 +43,11 @@ class ColdTimer:
         self._filler.fill_(self._value)
         if self._events is not None:
             start, end = self._events
-            start.record()
-            call()
-            end.record()
+            with torch.cuda.device(self.device):
+                _keep_busy()
+                start.record()
+                call()
+                end.record()
             end.synchronize()
             return start.elapsed_time(end)
         wait_for(self.device)
@@ -47,6 +55,12 @@ class ColdTimer:
         call()
         wait_for(self.device)
         return 1e3 * (time.perf_counter() - begin)
+
+
+def _keep_busy() -> None:
+    """Have the current card wait on its own for a while; nothing where PyTorch has no such call."""
+    if (sleep := getattr(torch.cuda, "_sleep", None)) is not None:
+        sleep(_BUSY)
 
 
 def wait_for(device: torch.device) -> None:
