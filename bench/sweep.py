@@ -8,24 +8,20 @@ differs from the reference in fp64.
 from __future__ import annotations
 
 import argparse
-import itertools
 import re
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from sgtriton.progress import Progress
+
 from . import conv, models, serving, timed, training
 from .grids import Sweep, Task
 from .rows import Timing, append, notes, read, where
 from .timed import DTYPES
-
-_EVERY = 10  # seconds from one line of progress to the next
-
 
 SWEEPS = {
     "train": training.SWEEP, "serve": serving.SWEEP, "conv": conv.SWEEP, "model": models.SWEEP,
@@ -106,12 +102,14 @@ def measure(
         _replace(part, kept)
     else:
         part.unlink(missing_ok=True)
-    with _progress(len(tasks), len(done)) as advance:
+    with Progress("cells", len(tasks)) as bar:
+        if done:
+            bar.show(len(done))
         for task in tasks:
             if task.key not in done:
                 done[task.key] = task.measure()
                 append(part, *done[task.key])
-                advance()
+                bar.step()
     rows = head + [row for task in tasks for row in done[task.key]]
     if not any(map(is_bad, rows)):
         _replace(path, rows)
@@ -160,36 +158,6 @@ def _replace(path: Path, rows: Sequence[Any]) -> None:
     new.unlink(missing_ok=True)
     append(new, *rows)
     new.replace(path)
-
-
-@contextmanager
-def _progress(total: int, done: int) -> Iterator[Callable[[], None]]:
-    """Say on stderr how many cells are done: a bar on a terminal with tqdm, else lines."""
-    bar: Any = None
-    if sys.stderr.isatty():
-        try:
-            from tqdm import tqdm
-
-            bar = tqdm(total=total, initial=done, unit="cell", file=sys.stderr)
-        except ImportError:
-            pass
-    start = said = time.perf_counter()
-    count = itertools.count(done + 1)
-
-    def advance() -> None:
-        nonlocal said
-        now, cells = time.perf_counter(), next(count)
-        if bar is not None:
-            bar.update()
-        elif now - said >= _EVERY or cells == total:
-            print(f"{cells} of {total} cells, {now - start:.0f} s", file=sys.stderr, flush=True)
-            said = now
-
-    try:
-        yield advance
-    finally:
-        if bar is not None:
-            bar.close()
 
 
 def _run(arguments: argparse.Namespace) -> int:

@@ -53,7 +53,7 @@ def test_a_grid_is_measured_with_its_peers_and_roofs(run, out, capsys):
     said = capsys.readouterr()
     assert "blksprs (float32): missing: for GPUs only" in said.out
     assert f"wrote {out}" in said.out
-    assert "6 of 6 cells" in said.err
+    assert "cells 100 %" in said.err
     assert [file.name for file in out.parent.iterdir()] == ["x.csv"]
 
 
