@@ -130,14 +130,18 @@ def _run_part(
     line = Summary(part.name, RUNNING)
     say(f"{part.name}: {max(deadline - start, 0):.0f} s")
     state, note = DONE, ""
+    steps = part.run(deadline, folder, device)
     try:
-        with _made_to_end(deadline + _GRACE):
-            for progress in part.run(deadline, folder, device):
-                line = _line(part, RUNNING, progress, start)
-                if time.monotonic() - said >= _EVERY:
-                    said = time.monotonic()
-                    say(_words(line))
-                    yield line
+        while True:
+            with _made_to_end(deadline + _GRACE):  # the part, not who reads what it yields
+                progress = next(steps, None)
+            if progress is None:
+                break
+            line = _line(part, RUNNING, progress, start)
+            if time.monotonic() - said >= _EVERY:
+                said = time.monotonic()
+                say(_words(line))
+                yield line
     except _OverTimeError:
         note = "was made to end: it went on after its time"
     except (KeyboardInterrupt, StoppedError):

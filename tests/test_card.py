@@ -118,6 +118,25 @@ def test_a_part_that_does_not_end_is_made_to(tmp_path, monkeypatch):
     assert "went on after its time" in lines[0].note
 
 
+def test_time_that_ends_while_a_line_is_written_costs_no_other_part(tmp_path, monkeypatch):
+    monkeypatch.setattr(card, "_GRACE", 0.0)
+    monkeypatch.setattr(card, "_EVERY", 0.0)
+    write = card.write
+
+    def slow(*given):
+        if (tmp_path / "out" / "a.csv").exists() and not (tmp_path / "out" / "b.csv").exists():
+            time.sleep(0.7)  # past the end of the first part's share
+        return write(*given)
+
+    monkeypatch.setattr(card, "write", slow)
+    parts = [part("a", 1, lambda *_: time.sleep(5)), part("b", 3, share=5)]
+    lines, status, _ = run(parts, tmp_path / "out", minutes=0.06)
+    assert status == 0
+    assert [(line.part, line.state, line.done) for line in lines] == [
+        ("a", "time was up", 1), ("b", "done", 3)]  # fmt: skip
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
 def test_more_than_a_card_may_give_back_is_said(tmp_path, monkeypatch):
     def many(deadline, folder):
         for i in range(8):
