@@ -6,7 +6,7 @@ where the code breaks what the package counts on, with 2 where nothing can be co
 
 How deep a pipeline is shows in the buffers of the tiles that it keeps in shared memory: of S stages
 S - 1, since one step's tiles are in registers while it is computed, and S where the matrix units
-themselves read shared memory (wgmma, tcgen05). Tiles that wait in registers (AMD's, of a weight
+themselves read the tile there (wgmma, tcgen05). Tiles that wait in registers (AMD's, of a weight
 that is multiplied by gates) show in no buffer, nor do elements that are read one by one.
 """
 
@@ -26,7 +26,14 @@ from pathlib import Path
 from sgtriton_kernels._triton import triton
 
 from sgtriton.compilers import compile_launch
-from sgtriton.cross_compile import COPY_ENGINES, SHARED_LIMITS, TARGETS, Compiled, why_not
+from sgtriton.cross_compile import (
+    COPY_ENGINES,
+    SHARED_LIMITS,
+    TARGETS,
+    Compiled,
+    shallow_pipeline,
+    why_not,
+)
 from sgtriton.tables import format_table
 
 from .variants import Product, Variant, variants
@@ -39,6 +46,8 @@ INSTRUCTIONS = {
     "gfx942": ("v_mfma", "v_mfma"), "gfx1100": ("v_wmma", "v_wmma"),
 }  # fmt: skip
 LEFT_DIRECT = {"sm_90": "registers", "sm_100": "tensor memory"}
+# passes whose weight goes through registers, to be multiplied by its gates
+_GATED = ("fused fwd", "fused dx", "skip fwd", "skip dx")
 
 
 @dataclass(frozen=True)
@@ -273,11 +282,14 @@ def _of_pipeline(variant: Variant, target: str, code: Compiled) -> Iterator[str]
     num_stages = variant.launch.num_stages
     if num_stages is None or num_stages < 2:
         return
-    if code.buffers:
-        if (held := min(code.buffers)) < num_stages - 1:
-            yield f"{held} steps of a tile held instead of {num_stages - 1}"
-    elif variant.product and variant.product.ahead and target.startswith("sm_"):
-        yield f"no tile held ahead instead of {num_stages - 1} steps"
+    if not code.buffers:
+        must = variant.product and variant.product.ahead and target.startswith("sm_")
+        if not must:
+            return
+    gated = variant.op in _GATED or code.left_operand in ("registers", "tensor memory")
+    fault = shallow_pipeline(num_stages, code.matrix_instruction, code.buffers, 1 if gated else 2)
+    if fault:
+        yield fault
 
 
 def _narrow_copies(product: Product, threads: int, code: Compiled) -> Iterator[str]:

@@ -6,6 +6,7 @@ import functools
 import re
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,9 @@ SHARED_LIMITS = {
     "sm_80": 163 * 1024, "sm_86": 99 * 1024, "sm_89": 99 * 1024, "sm_90": 227 * 1024,
     "sm_100": 227 * 1024, "sm_120": 99 * 1024, "gfx942": 64 * 1024, "gfx1100": 64 * 1024,
 }  # fmt: skip
+# instructions that read operands from shared memory while the next steps' tiles arrive there; for
+# others the step that is multiplied lies in registers
+_FROM_BUFFERS = ("wgmma", "tcgen05.mma")
 
 _PTX = {"load": "ld", "store": "st"}
 _CP_ASYNC = r"cp\.async\.c[ag]\.shared\.global \[[^]]*\], \[[^]]*\], (\w+)"
@@ -110,6 +114,30 @@ def _place(types: str) -> str | None:
     if first is None:
         return None
     return "tensor memory" if "tensor_memory" in first.group() else "shared memory"
+
+
+def shallow_pipeline(
+    num_stages: int, instruction: str | None, buffers: Sequence[int], direct: int = 2
+) -> str | None:
+    """How a pipeline is shallower than its launch asks for, in words; ``None`` where it is not.
+
+    A tile takes a buffer for each stage but the one that is multiplied, and for that one as well
+    where matrix units read the tile from there.
+
+    Args:
+        num_stages: of the launch.
+        instruction: the matrix instruction, if there is one.
+        buffers: stages of each tile that is kept in shared memory.
+        direct: operands that are multiplied as they arrive; the others pass through registers.
+    """
+    found = sorted(buffers, reverse=True) or [0]
+    if instruction in _FROM_BUFFERS and direct:
+        fewest = found[:direct][-1]
+        if fewest < num_stages:
+            return f"tiles get {fewest} buffers, {num_stages} stages take {num_stages}"
+    if found[-1] < num_stages - 1:
+        return f"tiles get {found[-1]} buffers, {num_stages} stages take {num_stages - 1}"
+    return None
 
 
 def why_not() -> str | None:

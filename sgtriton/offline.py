@@ -11,13 +11,9 @@ from sgtriton_kernels.cell import Cell
 from sgtriton_kernels.tiles import BsrTile
 
 from .compilers import Built, Compilers
-from .cross_compile import COPY_ENGINES, SHARED_LIMITS, why_not
+from .cross_compile import COPY_ENGINES, SHARED_LIMITS, shallow_pipeline, why_not
 from .launches import Launch, bsr_linear_launches
 from .roofline import predict, unpack_seconds
-
-# instructions that read both operands from shared memory, each step's from a buffer of its own; for
-# others the step that is multiplied lies in registers
-_FROM_BUFFERS = ("wgmma", "tcgen05.mma")
 
 
 @dataclass(frozen=True)
@@ -165,9 +161,4 @@ def _pipeline_fault(arch: str, cell: Cell, launch: Launch, found: Built) -> str 
     wide = cell.aligned and cell.N % 16 == 0 and cell.K % 16 == 0
     if not wide or not arch.startswith("sm_") or launch.num_stages in (None, 1):
         return None
-    stages = launch.num_stages
-    expected = stages if found.instruction in _FROM_BUFFERS else stages - 1
-    fewest = min(found.buffers, default=0)
-    if fewest < expected:
-        return f"tiles get {fewest} buffers, {stages} stages take {expected}"
-    return None
+    return shallow_pipeline(launch.num_stages, found.instruction, found.buffers)

@@ -114,9 +114,9 @@ def test_violations_of_products(target, change, expected):
         "assembly": "wgmma", "shared": 1024, "spills": 0, "registers": 64,
         "ttgir": DOT.format("tensor<64x32xbf16, #ttg.dot_op<{opIdx = 0}>>"),
     }  # fmt: skip
-    given["ttgir"] += ALLOC.format(1)
+    given["ttgir"] += ALLOC.format(2)
     if "ttgir" in change:
-        change = {**change, "ttgir": change["ttgir"] + ALLOC.format(1)}
+        change = {**change, "ttgir": change["ttgir"] + ALLOC.format(2)}
     found = list(compile_report.violations(variant, target, Compiled(**given | change)))
     assert found == expected
 
@@ -149,9 +149,9 @@ def test_violations_of_copies_and_accesses():
         ("sm_80", (3, 3), True, []),
         ("sm_90", (4, 3), True, []),
         ("sm_90", (4, 4), True, []),
-        ("sm_80", (3, 2), True, ["2 steps of a tile held instead of 3"]),
-        ("gfx942", (1,), True, ["1 steps of a tile held instead of 3"]),
-        ("sm_100", (), True, ["no tile held ahead instead of 3 steps"]),
+        ("sm_80", (3, 2), True, ["tiles get 2 buffers, 4 stages take 3"]),
+        ("gfx942", (1,), True, ["tiles get 1 buffers, 4 stages take 3"]),
+        ("sm_100", (), True, ["tiles get 0 buffers, 4 stages take 3"]),
         ("sm_100", (), False, []),  # elements that are read one by one
         ("gfx942", (), True, []),  # they may wait in registers
     ],
@@ -166,6 +166,37 @@ def test_a_shallower_pipeline_is_a_violation(target, held, ahead, expected):
     if held:  # without matrix instructions, too
         alone = replace(variant, product=None)
         assert list(compile_report.violations(alone, target, code)) == expected
+
+
+@pytest.mark.parametrize(
+    ("held", "op", "left", "expected"),
+    [
+        ((4, 4), "bsr_linear fwd", "!ttg.memdesc<64x32xbf16, #shared, #smem>", []),
+        ((4, 3), "bsr_linear fwd", "tensor<64x32xbf16, #ttg.dot_op<{opIdx = 0}>>", []),
+        ((4, 3, 3), "skip fwd", "!ttg.memdesc<64x32xbf16, #shared, #smem>", []),
+        ((3, 3), "bsr_linear fwd", "!ttg.memdesc<64x32xbf16, #shared, #smem>", [
+            "tiles get 3 buffers, 4 stages take 4"]),
+        ((4, 3), "bsr_linear fwd", "!ttg.memdesc<64x32xbf16, #shared, #smem>", [
+            "tiles get 3 buffers, 4 stages take 4"]),
+        ((3, 3), "skip fwd", "tensor<64x32xbf16, #ttg.dot_op<{opIdx = 0}>>", [
+            "tiles get 3 buffers, 4 stages take 4"]),
+        ((4, 2), "skip fwd", "tensor<64x32xbf16, #ttg.dot_op<{opIdx = 0}>>", [
+            "tiles get 2 buffers, 4 stages take 3"]),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize(
+    ("target", "instruction", "name"),
+    [("sm_90", "wgmma", "warp_group_dot"), ("sm_100", "tcgen05.mma", "tc_gen5_mma")],
+)
+def test_matrix_units_that_read_shared_memory_take_a_buffer_more(
+    held, op, left, expected, target, instruction, name
+):
+    launch = Launch("module", "kernel", {}, {}, num_warps=4, num_stages=4)
+    dot = DOT.replace("warp_group_dot", name).format(left)
+    code = Compiled(instruction, 1024, 0, 64, ttgir="".join(map(ALLOC.format, held)) + dot)
+    product = Product(half=False, left_rows=64, left_direct=False)
+    variant = Variant(op, "name", "tile", launch, product=product)
+    assert list(compile_report.violations(variant, target, code)) == expected
 
 
 def test_what_does_not_compile_is_a_line_of_the_report(monkeypatch):
