@@ -20,6 +20,7 @@ from sgtriton.demo.models import add_gates, make_model
 from sgtriton.demo.training import accuracy, steps_for, train
 from sgtriton.options import parse_block
 
+from .options import check_count, check_file
 from .rows import RESULTS, append, commit, read
 
 
@@ -119,6 +120,9 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    check_count("--epochs", arguments.epochs)
+    check_count("--seeds", arguments.seeds)
+    check_file("--out", arguments.out)
     digits = load_digits(arguments.data)
     print(f"data    {digits.source}")
     done = read(arguments.out, Row)

@@ -27,6 +27,7 @@ from sgtriton.tables import format_table
 from . import correctness
 from .card_parts import CORRECTNESS, TUNING, Part, Progress
 from .card_sweeps import SWEEP_PARTS
+from .options import check_minutes, device_of
 from .rows import commit, write
 
 PARTS = [CORRECTNESS, TUNING, *SWEEP_PARTS]
@@ -88,10 +89,9 @@ def run(
         130 after Ctrl-C, 143 where the process was told to end.
 
     Raises:
-        ValueError: no time, or a folder that holds something.
+        ValueError: no time or one without end, or a folder that holds something.
     """
-    if not minutes > 0:
-        raise ValueError(f"--minutes must be positive, got {minutes:g}")
+    check_minutes(minutes)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"--out must be an empty folder or none yet, got {folder}")
     folder.mkdir(parents=True, exist_ok=True)
@@ -257,9 +257,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    device = torch.device(arguments.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {arguments.device} needs a GPU, PyTorch sees none here")
+    device = device_of(arguments.device)
     parts = [part for part in PARTS if not arguments.part or part.name in arguments.part]
 
     def say(text: str) -> None:

@@ -36,6 +36,7 @@ from sgtriton.cross_compile import (
 )
 from sgtriton.tables import format_table
 
+from .options import check_count
 from .variants import Product, Variant, variants
 
 # the widest matrix instruction of 16-bit values, and the one for left operands under 64 rows
@@ -119,8 +120,7 @@ def _run(arguments: argparse.Namespace) -> int:
         return _join(arguments.join, arguments.csv)
     if reason := why_not():
         raise ValueError(reason)
-    if arguments.jobs < 1:
-        raise ValueError(f"--jobs must be at least 1, got {arguments.jobs}")
+    check_count("--jobs", arguments.jobs)
     chosen = variants()
     if arguments.op:
         names = list(dict.fromkeys(v.op for v in chosen))

@@ -25,6 +25,7 @@ from sgtriton.tables import format_table
 
 from . import timed
 from .grids import Sweep, Task
+from .options import check_count
 from .rows import Timing, measured, notes, paragraphs, rounded, summary, where
 from .timed import DTYPES, SLOWER, Call, Work
 
@@ -277,8 +278,7 @@ def tasks(arguments: argparse.Namespace) -> list[Task]:
     """
     default = BATCHES[arguments.device][:1] if arguments.quick else BATCHES[arguments.device]
     batches = tuple(dict.fromkeys(arguments.batch or default))
-    if min(batches) < 1:
-        raise ValueError(f"--batch must be at least 1, got {min(batches)}")
+    check_count("--batch", min(batches))
     device = torch.device(arguments.device)
     dtypes = arguments.dtype or (["float32"] if device.type == "cpu" else ["bfloat16"])
     found = []

@@ -25,6 +25,7 @@ import sgtriton
 
 from . import peers, roofs, timed
 from .grids import Sweep, Task
+from .options import check_count
 from .rows import rounded, where
 from .serving_tables import Row, section, table
 from .timed import DTYPES, Call, Taken
@@ -164,7 +165,8 @@ def tasks(arguments: argparse.Namespace) -> list[Task]:
     """The cells to measure, and before them how fast the device copies and multiplies.
 
     Raises:
-        ValueError: M below 1, a block that does not divide the weights, a sparsity that is none.
+        ValueError: M below 1, a block that does not divide the weights, a sparsity that closes no
+            block or all.
     """
     grid, device = _grid(arguments), torch.device(arguments.device)
     found = [task for dtype in grid.dtypes for task in _roofs(dtype, arguments)]
@@ -189,14 +191,17 @@ def _grid(arguments: argparse.Namespace) -> Grid:
     # in the order given, each once: a cell that is there twice would be measured once
     given = {name: tuple(dict.fromkeys(values)) for name, values in asked.items() if values}
     grid = replace(grid, **given)
-    if min(grid.rows) < 1:
-        raise ValueError(f"--rows must be at least 1, got {min(grid.rows)}")
+    check_count("--rows", min(grid.rows))
     for block in grid.blocks:
         if block < 1 or any(side % block for shape in grid.shapes for side in shape):
             raise ValueError(f"--blocks must divide the sides of {grid.shapes}, got {block}")
-    for sparsity in grid.sparsities:
-        if not 0 <= sparsity < 1:
-            raise ValueError(f"--sparsities must be in [0, 1), got {sparsity}")
+    for sparsity, block, (n, k) in itertools.product(grid.sparsities, grid.blocks, grid.shapes):
+        blocks = (n // block) * (k // block)
+        if not 0 < sparsity < 1 or not 0 < round(sparsity * blocks) < blocks:
+            raise ValueError(
+                f"--sparsities must close a block of each weight and leave one, got {sparsity} "
+                f"for the {blocks} blocks of side {block} of {n}x{k}"
+            )
     return grid
 
 

@@ -20,6 +20,7 @@ from sgtriton.progress import Progress
 
 from . import conv, models, serving, timed, training
 from .grids import Sweep, Task
+from .options import device_of
 from .rows import Timing, append, notes, read, where
 from .timed import DTYPES
 
@@ -34,7 +35,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     names = command.add_subparsers(required=True, metavar="NAME")
     for name, sweep in SWEEPS.items():
         one = names.add_parser(name, help=sweep.help)
-        one.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default cpu")
+        one.add_argument("--device", default="cpu", help="cpu or cuda; default cpu")
         one.add_argument("--dtype", nargs="+", choices=list(DTYPES), help="these only")
         one.add_argument("--quick", action="store_true", help="a small grid, under a minute")
         sweep.add_arguments(one)
@@ -52,8 +53,7 @@ def prepare(sweep: Sweep, arguments: argparse.Namespace) -> list[Task]:
         ValueError: no such device; arguments that no grid has; a part of the grid without
             ``--out``.
     """
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda needs a GPU, PyTorch sees none here")
+    device_of(arguments.device)
     if arguments.seconds is None:
         arguments.seconds = sweep.quick_seconds if arguments.quick else sweep.seconds
     if arguments.device != "cpu":  # a GPU's results have a folder of their own

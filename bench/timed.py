@@ -17,6 +17,7 @@ from sgtriton_kernels._triton import INTERPRETED, why_not_triton
 from sgtriton.cold import ColdTimer
 from sgtriton.timing import samples_ms
 
+from .options import check_count, check_file
 from .rows import MEASURED, RESULTS, commit, rounded, significant
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -214,11 +215,12 @@ def settle_out(arguments: argparse.Namespace, is_whole: bool = True) -> None:
     """Give ``--out`` its default, unless a part of a grid would take the place of the whole.
 
     Raises:
-        ValueError: a part of the grid without ``--out``.
+        ValueError: a part of the grid without ``--out``, or a folder as that.
     """
     if arguments.out is None and not is_whole:
         raise ValueError(f"a part of the grid needs --out: {arguments.kept.name} holds all of it")
     arguments.out = arguments.out or arguments.kept
+    check_file("--out", arguments.out)
 
 
 def prepare(arguments: argparse.Namespace, is_whole: bool = True) -> None:
@@ -234,8 +236,7 @@ def prepare(arguments: argparse.Namespace, is_whole: bool = True) -> None:
     settle_out(arguments, is_whole)
     if not 0 <= arguments.seconds < math.inf:
         raise ValueError(f"--seconds must be 0 or more, got {arguments.seconds}")
-    if arguments.threads < 1:
-        raise ValueError(f"--threads must be at least 1, got {arguments.threads}")
+    check_count("--threads", arguments.threads)
     torch.manual_seed(0)
     torch.set_num_threads(arguments.threads)
     commit()

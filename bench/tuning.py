@@ -27,6 +27,7 @@ from sgtriton.search import Found, search
 from sgtriton.tables import format_table
 
 from . import timed
+from .options import check_count
 from .rows import circumstances, write
 
 # N, K, block, share of the blocks that is stored; each at two numbers of rows
@@ -200,6 +201,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    check_count("--rounds", arguments.rounds)
     timed.prepare(arguments)
     found = cells(write(arguments.out, _measured(arguments)))
     print(format_table(HEADERS, lines(found), align="lrrrlrlrlr"))

@@ -1,5 +1,9 @@
+import sys
+
+import pytest
 import torch
 
+from bench import __main__ as command_line
 from bench import accuracy, report, rows
 from bench.accuracy import Cell
 from sgtriton.demo.data import Digits
@@ -29,3 +33,13 @@ def test_rows_survive_the_csv_and_land_on_the_target(tmp_path):
 def test_page_of_measurements_is_what_the_results_give():
     """README_BENCH.md is generated: a figure that is edited by hand fails here."""
     assert report.PAGE.read_text(encoding="utf-8") == report.page()
+
+
+@pytest.mark.parametrize("option", ["--epochs", "--seeds"])
+def test_no_training_at_all_is_refused(option, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(accuracy, "load_digits", lambda _: pytest.fail("data was read"))
+    out = tmp_path / "a.csv"
+    monkeypatch.setattr(sys, "argv", ["bench", "accuracy", option, "0", "--out", str(out)])
+    assert command_line.main() == 2
+    assert f"{option} must be at least 1, got 0" in capsys.readouterr().err
+    assert not out.exists()

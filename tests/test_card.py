@@ -158,7 +158,11 @@ def test_more_than_a_card_may_give_back_is_said(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--minutes", "0"], "--minutes must be positive, got 0"),
+        (["--minutes", "0"], "--minutes must be positive and finite, got 0"),
+        (["--minutes", "inf"], "--minutes must be positive and finite, got inf"),
+        (["--minutes", "nan"], "--minutes must be positive and finite, got nan"),
+        (["--device", "foo"], "--device must be cpu or cuda, got 'foo'"),
+        (["--device", "cuda:1"], "CUDA_VISIBLE_DEVICES chooses one"),
         (["--device", "cuda"], "--device cuda needs a GPU"),
         ([], "--out must be an empty folder or none yet"),
     ],

@@ -207,6 +207,43 @@ def test_the_command_writes_rows_and_ends_with_1_where_one_is_bad(tmp_path, monk
     assert "--op must be one of op; got nothing" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--device", "foo"], "--device must be cpu or cuda, got 'foo'"),
+        (["--device", "meta"], "--device must be cpu or cuda, got 'meta'"),
+        (["--device", "cuda"], "--device cuda needs a GPU"),
+        (["--minutes", "0"], "--minutes must be positive and finite, got 0"),
+        (["--minutes", "-1"], "--minutes must be positive and finite, got -1"),
+        (["--jobs", "0"], "--jobs must be at least 1, got 0"),
+        (["--out", "FOLDER"], "is a folder"),
+        (["--out", "FOLDER/kept"], "--out must not be there yet"),
+    ],
+)
+def test_bad_options_are_refused_before_anything_is_checked(
+    arguments, message, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(correctness, "run", lambda *_: pytest.fail("a check ran"))
+    (tmp_path / "kept").write_text("rows of before\n")
+    given = [part.replace("FOLDER", str(tmp_path)) for part in arguments]
+    monkeypatch.setattr(sys, "argv", ["bench", "correctness", "--quick", "--device", "cpu", *given])
+    assert main() == 2
+    assert message in capsys.readouterr().err
+    assert (tmp_path / "kept").read_text() == "rows of before\n"
+
+
+def test_where_no_check_was_ok_the_command_ends_with_1(monkeypatch, capsys):
+    def skip():
+        raise SkippedError("not here")
+
+    skipped = Check("op", "variant", "float32", "1", skip)
+    monkeypatch.setattr(correctness, "checks", lambda place: [skipped])
+    monkeypatch.setattr(sys, "argv", ["bench", "correctness", "--device", "cpu"])
+    assert main() == 1
+    assert "0 of 1 checks ok" in capsys.readouterr().out
+
+
 def _task(item):
     """What a process may do with an item."""
     if item == "dies":

@@ -171,7 +171,11 @@ def test_an_op_that_raises_is_named_too(run, out, monkeypatch, capsys):
     [
         (["--rows", "0"], "--rows must be at least 1, got 0"),
         (["--blocks", "24"], "--blocks must divide"),
-        (["--sparsities", "1"], "--sparsities must be in"),
+        (["--sparsities", "1"], "--sparsities must close a block of each weight and leave one"),
+        (["--sparsities", "nan"], "and leave one, got nan"),
+        (["--sparsities", "0.5", "0"], "got 0.0 for the 4 blocks of side 16 of 32x32"),
+        (["--sparsities", "0.999"], "got 0.999 for the 4 blocks of side 16 of 32x32"),
+        (["--device", "cuda:1"], "--device must be cpu or cuda, got 'cuda:1'"),
         (["--seconds", "nan"], "--seconds must be 0 or more, got nan"),
         (["--threads", "0"], "--threads must be at least 1"),
     ],
@@ -202,7 +206,14 @@ def test_the_whole_grid_is_the_default(name, tmp_path, monkeypatch):
     assert all(len(task.key) == len(one.key) for task in tasks)
 
 
-def test_a_file_that_cannot_be_written_is_said(run, tmp_path, capsys):
+def test_a_file_that_cannot_be_written_is_said_before_anything_is_measured(
+    run, tmp_path, monkeypatch, capsys
+):
+    seen = stop_before(monkeypatch, 0)
     (tmp_path / "file").write_text("")
-    assert run("serve", "--out", str(tmp_path / "file" / "x.csv")) == 2
-    assert "bench: error" in capsys.readouterr().err
+    assert run("serve", "--out", str(tmp_path / "file" / "deep" / "x.csv")) == 2
+    assert f"--out must lie in a folder, {tmp_path / 'file'} is a file" in capsys.readouterr().err
+    assert run("serve", "--out", str(tmp_path)) == 2
+    assert f"--out must be a file, {tmp_path} is a folder" in capsys.readouterr().err
+    assert seen == []
+    assert not tmp_path.with_name(tmp_path.name + ".part").exists()
