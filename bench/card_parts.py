@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from sgtriton_kernels import BlockSparse
 from sgtriton_kernels._impl import resolve_impl
 from sgtriton_kernels._triton import INTERPRETED
 from sgtriton_kernels.cards import card_of
@@ -19,7 +20,7 @@ from sgtriton.products import Product
 from sgtriton.tune_report import Tuned, TuneInterrupted
 from sgtriton.tuning import tune_products
 
-from . import checks_blocks, correctness
+from . import correctness
 from .rows import append, circumstances, commit
 
 
@@ -121,7 +122,7 @@ def tuning_part(deadline: float, folder: Path, device: torch.device) -> Iterator
         if left <= 0:
             return
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-        w = checks_blocks.random_blocks(n, k, (block, block), density, dtype, device)
+        w = _random_blocks(n, k, (block, block), density, dtype, device)
         seconds = max(left / (len(grid) - i), _SECONDS)
         product = Product("standard", w, (m,), trains=device.type != "cpu")
         stopped = None
@@ -137,6 +138,16 @@ def tuning_part(deadline: float, folder: Path, device: torch.device) -> Iterator
             raise stopped
         progress = Progress(i + 1, len(grid), note="; ".join(report.notes))
         yield progress
+
+
+def _random_blocks(
+    n: int, k: int, block: tuple[int, int], density: float, dtype: torch.dtype, device: torch.device
+) -> BlockSparse:
+    """A weight with a share of its blocks, at random places."""
+    pattern = torch.rand(-(-n // block[0]), -(-k // block[1])) < density
+    return BlockSparse.from_dense(
+        torch.randn(n, k, dtype=dtype, device=device), block, pattern.to(device)
+    )
 
 
 def _write_table(folder: Path, device: torch.device, rows: list[Tuned]) -> None:

@@ -1,4 +1,4 @@
-"""Checks of the ops on block-sparse weights: products, convolutions, conversion, merging."""
+"""Checks of ``bsr_linear`` as it chooses tiles itself, and the sparse weights of all checks."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Pair = tuple[int, int]
 
 
 def bsr_linear_checks(place: Place) -> Iterator[Check]:
-    """``bsr_linear`` as it chooses tiles itself: forward and every gradient."""
+    """Forward and every gradient."""
     blocks = [(64, 64), (32, 32), (16, 16), (128, 128), (16, 64), (128, 32)]
     # rows, and whether of whole numbers
     rows = [(75, False), (1, True), (0, True), (16, False), (5, False), (200, False)]
@@ -68,16 +68,6 @@ def sparse(
     pattern[0], pattern[-1] = False, True
     weight = values(n, k, dtype=dtype, device=device, whole=whole)
     return BlockSparse.from_dense(weight, block, pattern.to(device))
-
-
-def random_blocks(
-    n: int, k: int, block: Pair, density: float, dtype: torch.dtype, device: torch.device
-) -> BlockSparse:
-    """A weight with a share of its blocks, at random places."""
-    pattern = torch.rand(-(-n // block[0]), -(-k // block[1])) < density
-    return BlockSparse.from_dense(
-        torch.randn(n, k, dtype=dtype, device=device), block, pattern.to(device)
-    )
 
 
 def with_values(w: BlockSparse, stored: torch.Tensor) -> BlockSparse:

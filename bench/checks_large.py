@@ -21,10 +21,11 @@ _BF16 = torch.bfloat16
 
 
 def large_checks(place: Place) -> Iterator[Check]:
-    """One for each op that reads or writes so much, forward, and the gradient of as much."""
+    """One for each op that reads or writes so much: forward, and the gradients of as much."""
+    # beside it, how many times the bytes of one such tensor there are at once
     tensors: dict[str, tuple[Callable[[Place], Case], int]] = {
-        "bsr_linear": (_linear, 5), "gate_weight": (_gate_weight, 6),
-        "gated_linear": (_gated_linear, 5), "bsr_conv2d": (_conv, 4),
+        "bsr_linear": (_linear, 5), "gate_weight": (_gate_weight, 8),
+        "gated_linear": (_gated_linear, 5), "bsr_conv2d": (_conv, 5),
     }  # fmt: skip
     for op, (make, count) in tensors.items():
         yield Check(
@@ -109,10 +110,15 @@ def _gate_weight(place: Place) -> Case:
     gate = torch.rand(w.shape, device=place.device)
 
     def run() -> Results:
-        return {"out": _ends(gate_weight(w, gate, impl=place.impl))}
+        leaf, leaf_gate = w.detach().requires_grad_(), gate.detach().requires_grad_()
+        out = gate_weight(leaf, leaf_gate, impl=place.impl)
+        dw, dgate = torch.autograd.grad(out, (leaf, leaf_gate), w)
+        return {"out": _ends(out.detach()), "dw": _ends(dw), "dgate": _ends(dgate)}
 
     def wanted() -> Results:
-        return {"out": torch.where(_ends(gate) > 0.5, _ends(w), 0.0)}
+        shown, is_open = _ends(w), _ends(gate) > 0.5
+        gated = torch.where(is_open, shown, 0.0)
+        return {"out": gated, "dw": gated, "dgate": shown.float() ** 2}
 
     return Case(run, wanted, dict)
 
@@ -125,12 +131,9 @@ def _conv(place: Place) -> Case:
     images = -(-_ROWS // height**2)
     x = torch.empty(images * height**2, _SIDE, dtype=_BF16, device=place.device).random_(-1, 2)
 
-    def run() -> Results:
+    def conv(x: torch.Tensor) -> torch.Tensor:
         lying = x.view(images, height, height, _SIDE).permute(0, 3, 1, 2)
         y = bsr_conv2d(lying, w, out_channels=_SIDE, kernel_size=1, impl=place.impl)
-        return {"y": _ends(y.permute(0, 2, 3, 1).reshape(-1, _SIDE))}
+        return y.permute(0, 2, 3, 1).reshape(-1, _SIDE)
 
-    def shown(dtype: torch.dtype) -> Results:
-        return {"y": F.linear(_ends(x).to(dtype), dense.to(dtype))}
-
-    return Case(run, lambda: shown(torch.float64), lambda: shown(_BF16))
+    return _of_rows(conv, lambda x: F.linear(x, dense.to(x.dtype)), x)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from sgtriton_kernels._triton import INTERPRETED
+
+from sgtriton.problem import _nan_filled
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 
@@ -126,7 +126,7 @@ def judge(case: Case, repeats: int) -> None:
     """
     before = [t.detach().clone() for t in case.inputs]
     wanted, plain = case.wanted(), case.plain()
-    with _new_memory_is_nan():
+    with _nan_filled():
         outs = case.run()
     _compare(outs, wanted, plain)
     first: Results | None = None
@@ -193,21 +193,6 @@ def difference(out: torch.Tensor, wanted: torch.Tensor, plain: torch.Tensor | No
     if error <= bound:
         return None
     return f"error {error:.3e}, allowed {bound:.3e} (PyTorch's own {torch_error:.3e})"
-
-
-@contextlib.contextmanager
-def _new_memory_is_nan() -> Iterator[None]:
-    was, warned = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of ops that have no such mode
-            yield
-    finally:
-        torch.use_deterministic_algorithms(was, warn_only=warned)
 
 
 def _leave_nan(like: torch.Tensor) -> None:

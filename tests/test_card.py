@@ -2,21 +2,24 @@
 
 import csv
 import functools
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from sgtriton_kernels.candidates import candidates
 
 from bench import card, card_parts, card_sweeps, correctness
 from bench.__main__ import main
 from bench.card_parts import Part, Progress
+from sgtriton.tuning import tune_products
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parent.parent
@@ -177,18 +180,55 @@ def test_bad_arguments_are_refused(arguments, message, tmp_path, monkeypatch, ca
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
 
 
-def test_the_tuning_part_writes_what_it_found(tmp_path, monkeypatch):
+@pytest.fixture
+def few_products(monkeypatch):
     monkeypatch.setattr(card_parts, "_SHAPES", ((128, 128),))
     monkeypatch.setattr(card_parts, "_ROWS", (16,))
     monkeypatch.setattr(card_parts, "_BLOCKS", (32,))
-    monkeypatch.setattr(card_parts, "_SECONDS", 0.5)
     monkeypatch.setenv("SGTRITON_IMPL", "torch")
-    *_, last = card_parts.tuning_part(time.monotonic() + 3, tmp_path, CPU)
+
+
+def tuned(folder):
+    """Rows and the table of a tuning part that has all the time it may need."""
+    *_, last = card_parts.tuning_part(time.monotonic() + 120, folder, CPU)
     assert (last.done, last.of) == (3, 3)
-    with open(tmp_path / "tuning.csv", newline="", encoding="utf-8") as file:
+    with open(folder / "tuning.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
+    (path,) = folder.glob("*.json")
+    return rows, json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_the_tuning_part_reaches_every_product_it_has_time_for(few_products, tmp_path):
+    rows, table = tuned(tmp_path)
     assert len(rows) == 3
-    assert {row["status"] for row in rows} <= {"kept", "changed", "not reached"}
+    assert {row["status"] for row in rows} <= {"kept", "changed"}
+    assert all(float(row["ms"]) > 0 for row in rows)
+    assert table["status"] == "measured"
+    changed = {row["candidate"] for row in rows if row["status"] == "changed"}
+    assert {entry["candidate"] for entry in table["entries"]} == changed
+
+
+def test_the_tuning_part_writes_what_it_found(few_products, tmp_path, monkeypatch):
+    found = []
+
+    def plant(products, seconds, again):
+        """A search that finds ``loop`` to be twice as fast."""
+        report = tune_products(products, seconds, again=again)
+        (row,) = report.rows
+        cell = replace(row.cell, nnz=len(found) + 1, block=(8 << len(found),) * 2)
+        loop = next(c for c in candidates(cell) if c.name == "loop")
+        choice = replace(row.choice, candidate=loop, source="cache")
+        found.append(replace(row, cell=cell, status="changed", choice=choice, gain=2.0, ms=1.5))
+        return replace(report, rows=(found[-1],))
+
+    monkeypatch.setattr(card_parts, "tune_products", plant)
+    rows, table = tuned(tmp_path)
+    assert [(row["candidate"], row["gain"], row["ms"], row["block"]) for row in rows] == [
+        ("loop", "2.0", "1.5", block) for block in ("8x8", "16x16", "32x32")
+    ]
+    assert table["entries"] == [
+        {"key": row.cell.key(), "candidate": "loop", "gain": 2.0} for row in found
+    ]
 
 
 @dataclass
