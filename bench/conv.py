@@ -58,11 +58,10 @@ class Row(Timing):
     """One row of the CSV: a provider on a layer, that occurs so many ``times``.
 
     M, N and K are those of the product that the convolution is: its pixels, output channels, and
-    input channels times taps. Rows of before there were layers have no ``form``: their "sgtriton"
-    is the product over blocks.
+    input channels times taps. ``form`` is a layer's, ``-`` of what is none.
     """
 
-    form: str = ""
+    form: str
     batch: int
     channels: int
     out_channels: int
@@ -233,8 +232,6 @@ def _figure(value: float) -> str:
 def remark(rows: Iterable[Row]) -> str:
     """What the report says of its table: how the layers compare on the same images."""
     rows = measured(rows)
-    if not any(row.form for row in rows):
-        return "; where that is below 1, layers that\n`sgtriton.sparsify` makes compute dense."
     speedups, slower = _speedups(rows), slower_layers(rows)
     return (
         '. "sgtriton" is the\nlayer that `sgtriton.sparsify` makes, in the form fastest when it '

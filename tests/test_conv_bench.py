@@ -1,4 +1,3 @@
-import csv
 import dataclasses
 
 import torch
@@ -53,18 +52,3 @@ def test_slower_layers_are_named():
     assert "0.80 at batch 1, 64 to 64 channels, size 6, channels-last (form of 3)" in said
     found = [dataclasses.replace(row, ms_p50=1.0) for row in found]
     assert conv.remark(found).endswith("0 of 2 layers are\nslower than 0.97 of dense.")
-
-
-def test_rows_without_layers_are_still_read(tmp_path):
-    path = tmp_path / "conv.csv"
-    measured = conv.measure((64, 64, 6, 2), 1, torch.float32, seconds=0.0)
-    rows.write(path, [row for row in measured if "product" not in row.provider])
-    lines = list(csv.DictReader(path.open(encoding="utf-8")))
-    with path.open("w", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [name for name in lines[0] if name != "form"])
-        writer.writeheader()
-        writer.writerows({k: v for k, v in line.items() if k != "form"} for line in lines)
-    found = rows.read(path, conv.Row)
-    assert [row.form for row in found] == [""] * 4
-    assert "compute dense" in conv.remark(found)
-    assert "| all |" in conv.markdown(found)

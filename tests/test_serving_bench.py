@@ -114,6 +114,27 @@ def cell(**changed):
     return dataclasses.replace(plain, **changed)
 
 
+def test_cells_that_are_behind_twice_are_counted_once():
+    both = cell(speedup=0.5, ahead=0.3)
+    text = serving_tables.losses([both, cell()])
+    assert text.count("- ") == 2
+
+    template = cell_rows()[0]
+    ms = {"dense": 1.0, "sgtriton": 2.0, "torch.sparse BSR": 1.0}
+    rows_of_two = [
+        dataclasses.replace(
+            template, provider=provider, M=m, ms_p50=taken if m == 1 else 1.0,
+            ratio=taken if m == 1 else 1.0, form="sparse",
+        )
+        for m in (1, 2)
+        for provider, taken in ms.items()
+    ]  # fmt: skip
+    page = serving_tables.section(rows_of_two, "", "serving.csv")
+    assert "Cells behind dense, or behind a peer by more than 5%: 1<" in page
+    even = [row for row in rows_of_two if row.M == 2]
+    assert "more than 5%: none<" in serving_tables.section(even, "", "serving.csv")
+
+
 def test_losses_are_counted_by_block():
     half = cell(dtype="bfloat16", best_peer="-", ahead=0.0, speedup=0.73)
     lines = serving_tables.losses_in_short(
