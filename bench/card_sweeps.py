@@ -7,6 +7,7 @@ import functools
 import importlib
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,7 +33,7 @@ def sweep_part(
         return
     arguments = _arguments(sweep, device)
     tasks, path = sweep.tasks(arguments), folder / f"{sweep.file}.csv"
-    rows = sweep.missing(arguments)
+    rows = [replace(row, seconds=arguments.seconds) for row in sweep.missing(arguments)]
     for row in rows:
         append(path, row)
     missing, failed, notes, longest = _missing(rows), 0, [], 0.0
@@ -42,7 +43,7 @@ def sweep_part(
         if start + longest > deadline:  # what would not end leaves its time to the next part
             return
         try:
-            rows = task.measure()
+            rows = [replace(row, seconds=arguments.seconds) for row in task.measure()]
         except Exception as error:  # one cell's trouble is no other's
             failed += 1
             notes.append(f"{task.key}: {type(error).__name__}: {error}")

@@ -53,6 +53,7 @@ class Timing:
         threads: of PyTorch.
         sgtriton, torch, triton, python: versions.
         commit: what was measured.
+        seconds: for its cell, as ``--seconds`` asked; NaN in files of before.
     """
 
     op: str
@@ -80,6 +81,7 @@ class Timing:
     triton: str
     python: str
     commit: str
+    seconds: float = math.nan
 
     @property
     def is_measured(self) -> bool:

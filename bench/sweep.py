@@ -11,6 +11,7 @@ import argparse
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ def measure(
         tasks: all cells of the grid.
         head: rows that belong to no cell.
         path: replaced when each of this package's results was right.
-        here: what :func:`.rows.where` says.
+        here: what :func:`.rows.where` says, and the ``seconds``.
         fresh: measure what the part has as well.
 
     Returns:
@@ -92,6 +93,7 @@ def measure(
         ValueError: a part that cannot be gone on with.
     """
     part = path.with_name(path.name + ".part")
+    head = [replace(row, seconds=here["seconds"]) for row in head]
     done = {} if fresh else _done(sweep, tasks, part, here)
     if done:
         print(
@@ -107,7 +109,7 @@ def measure(
             bar.show(len(done))
         for task in tasks:
             if task.key not in done:
-                done[task.key] = task.measure()
+                done[task.key] = [replace(r, seconds=here["seconds"]) for r in task.measure()]
                 append(part, *done[task.key])
                 bar.step()
     rows = head + [row for task in tasks for row in done[task.key]]
@@ -163,7 +165,7 @@ def _replace(path: Path, rows: Sequence[Any]) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     sweep = arguments.sweep
     tasks = prepare(sweep, arguments)
-    here = where(torch.device(arguments.device))
+    here = where(torch.device(arguments.device)) | {"seconds": arguments.seconds}
     try:
         rows = measure(sweep, tasks, sweep.missing(arguments), arguments.out, here, arguments.fresh)
     except KeyboardInterrupt:

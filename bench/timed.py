@@ -201,6 +201,7 @@ def add_arguments(command: argparse.ArgumentParser, name: str, seconds: float, o
     command.add_argument(
         "--seconds", type=float, default=seconds, help=f"{of}; default {seconds:g}"
     )
+    command.set_defaults(usual_seconds=seconds)
     command.add_argument("--threads", type=int, default=2, help="of PyTorch; default 2")
     add_out(command, name)
 
@@ -223,17 +224,31 @@ def settle_out(arguments: argparse.Namespace, is_whole: bool = True) -> None:
     check_file("--out", arguments.out)
 
 
-def prepare(arguments: argparse.Namespace, is_whole: bool = True) -> None:
+def prepare(
+    arguments: argparse.Namespace,
+    is_whole: bool = True,
+    asked: Mapping[str, tuple[float, float]] | None = None,
+) -> None:
     """Fix the random numbers, the threads, the commit and the file to write.
 
     Args:
         is_whole: whether all of the grid is to be measured.
+        asked: options that results depend on, beside ``--seconds``: what was asked for, and what
+            the kept results are of.
 
     Raises:
-        ValueError: fewer threads than one, no number of seconds; a part of the grid without
-            ``--out``.
+        ValueError: fewer threads than one, no number of seconds; without ``--out`` a part of the
+            grid, or options that the kept results are not of.
     """
+    has_out = arguments.out is not None
     settle_out(arguments, is_whole)
+    if not has_out:
+        usual = {"--seconds": (arguments.seconds, arguments.usual_seconds), **(asked or {})}
+        for option, (now, then) in usual.items():
+            if now != then:
+                raise ValueError(
+                    f"{option} {now:g} needs --out: {arguments.kept.name} is of {then:g}"
+                )
     if not 0 <= arguments.seconds < math.inf:
         raise ValueError(f"--seconds must be 0 or more, got {arguments.seconds}")
     check_count("--threads", arguments.threads)

@@ -28,26 +28,42 @@ from sgtriton.tables import format_table
 
 from . import timed
 from .options import check_count
-from .rows import circumstances, write
+from .rows import circumstances, paragraphs, write
 
-# N, K, block, share of the blocks that is stored; each at two numbers of rows
-WEIGHTS = (
+# N, K, block, share of the blocks that is stored; each at two numbers of rows. What is taken
+# without tuning was fitted to these ...
+FITTED = (
     (1024, 1024, 16, 0.2), (4096, 1024, 64, 0.1), (1024, 4096, 32, 0.1), (512, 512, 32, 0.5),
     (300, 784, 4, 0.1), (2048, 512, 16, 0.05), (768, 3072, 64, 0.2), (1024, 1024, 128, 0.3),
     (128, 4096, 32, 0.2), (1000, 1000, 8, 0.1),
 )  # fmt: skip
+# ... and not to these
+HELD_OUT = (
+    (1536, 512, 32, 0.15), (640, 2560, 64, 0.25), (2048, 2048, 64, 0.05), (896, 896, 16, 0.3),
+    (3072, 768, 128, 0.15), (512, 2048, 8, 0.2), (1024, 256, 32, 0.05), (2000, 500, 4, 0.1),
+    (256, 4096, 64, 0.5), (1280, 1280, 32, 0.3),
+)  # fmt: skip
 ROWS = (1, 64)
-_SECONDS = 4.0  # for the tuner, in each cell, unless told otherwise
+SECONDS, ROUNDS = 4.0, 61  # for the tuner, in each cell, and of all candidates: of the kept CSV
 TUNED_WITHIN, REASONED_WITHIN = 1.03, 1.15  # of the fastest, that is aimed at
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the CSV: a candidate in a cell; ``ratio`` is to the fastest."""
+    """One row of the CSV: a candidate in a cell.
+
+    Args:
+        tuned, analytic: 1 of the choice that the tuner makes, and of the one without it.
+        fitted: 1 in cells that the latter was fitted to.
+        ratio: of its median to the fastest's.
+        samples: of the candidate.
+        seconds, rounds: for the tuner, and of the candidates, as asked for.
+    """
 
     candidate: str
     tuned: int
     analytic: int
+    fitted: int
     M: int
     N: int
     K: int
@@ -58,6 +74,8 @@ class Row:
     ms_p80: float
     ratio: float
     samples: int
+    seconds: float
+    rounds: int
     threads: int
     cpu: str
     sgtriton: str
@@ -68,7 +86,7 @@ class Row:
 
 @torch.no_grad()
 def measure(
-    n: int, k: int, block: int, share: float, m: int, seconds: float, rounds: int
+    n: int, k: int, block: int, share: float, m: int, seconds: float, rounds: int, fitted: bool
 ) -> list[Row]:
     """Search one cell, then time all that is right in it."""
     is_open = torch.rand(-(-n // block), -(-k // block)) < share
@@ -94,10 +112,10 @@ def measure(
         rows.append(
             Row(
                 candidate=name, tuned=int(name == tuned.name), analytic=int(name == reasoned.name),
-                M=m, N=n, K=k, block=block, density=round(cell.density, 4),
+                fitted=int(fitted), M=m, N=n, K=k, block=block, density=round(cell.density, 4),
                 ms_p20=round(p20, 4), ms_p50=round(p50, 4), ms_p80=round(p80, 4),
                 ratio=round(statistics.median(ms) / fastest, 4), samples=len(ms),
-                **circumstances(),
+                seconds=seconds, rounds=rounds, **circumstances(),
             )
         )  # fmt: skip
     return rows
@@ -112,6 +130,7 @@ class Cell:
     K: int
     block: int
     density: float
+    fitted: int
     fastest: str
     fastest_ms: float
     tuned: str
@@ -123,7 +142,9 @@ class Cell:
 def cells(rows: Iterable[Row]) -> list[Cell]:
     """The rows by cell."""
     found = []
-    for key, group in itertools.groupby(rows, lambda r: (r.M, r.N, r.K, r.block, r.density)):
+    for key, group in itertools.groupby(
+        rows, lambda r: (r.M, r.N, r.K, r.block, r.density, r.fitted)
+    ):
         group = list(group)
         best = min(group, key=lambda r: r.ratio)
         tuned = next(r for r in group if r.tuned)
@@ -153,14 +174,21 @@ def lines(found: Iterable[Cell]) -> list[list[str]]:
 
 
 def in_words(found: Iterable[Cell]) -> str:
-    """How near to the fastest both choices are."""
-    found = list(found)
+    """How near to the fastest both choices are: a paragraph for each set of cells."""
+    sets: dict[int, list[Cell]] = {}
+    for cell in found:
+        sets.setdefault(cell.fitted, []).append(cell)
+    return "\n\n".join(textwrap.fill(_of_set(sets[fitted]), 100) for fitted in sorted(sets)[::-1])
+
+
+def _of_set(found: list[Cell]) -> str:
+    which = f"that the reasoned choice was {'' if found[0].fitted else 'not '}fitted to"
     tuned = [c.tuned_ratio for c in found]
     reasoned = [c.analytic_ratio for c in found]
     return (
-        f"Of {len(found)} cells the tuned choice is within {TUNED_WITHIN - 1:.0%} of the fastest "
-        f"in {sum(r <= TUNED_WITHIN for r in tuned)} (at most {max(tuned):.2f} of its time), the "
-        f"reasoned one within {REASONED_WITHIN - 1:.0%} in "
+        f"Of {len(found)} cells {which}, the tuned one is within {TUNED_WITHIN - 1:.0%} of the "
+        f"fastest in {sum(r <= TUNED_WITHIN for r in tuned)} (at most {max(tuned):.2f} of its "
+        f"time), the reasoned one within {REASONED_WITHIN - 1:.0%} in "
         f"{sum(r <= REASONED_WITHIN for r in reasoned)} (at most {max(reasoned):.2f}); the tuned "
         f"one takes longer than the reasoned one in "
         f"{sum(t > TUNED_WITHIN * r for t, r in zip(tuned, reasoned, strict=True))}."
@@ -170,11 +198,10 @@ def in_words(found: Iterable[Cell]) -> str:
 _SECTION = """
 ## What the tuner chooses
 
-Twenty products on {threads} threads of {cpu}, PyTorch {torch}, commit {commit}: the choice that
+{count} products on {threads} threads of {cpu}, PyTorch {torch}, commit {commit}: the choice that
 `sgtriton tune` makes in {seconds:g} seconds for each, and the one that is taken without it, beside
 the fastest of all candidates, each timed in turns with a cold second-level cache. A choice's figure
-is its time by the fastest's; what is taken without tuning was fitted to these products among
-others. Rerun: `python -m bench tuning`.
+is its time by the fastest's. Rerun: `python -m bench tuning`.
 
 """
 
@@ -188,21 +215,21 @@ def section(rows: list[Row]) -> str:
     ]  # fmt: skip
     table = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     table += [f"| {' | '.join(line)} |" for line in lines(found)]
-    text = "\n".join(table) + "\n\n" + textwrap.fill(in_words(found), 100) + "\n"
-    return _SECTION.format(**vars(rows[0]), seconds=_SECONDS) + text
+    text = "\n".join(table) + "\n\n" + in_words(found) + "\n"
+    return paragraphs(_SECTION.format(**vars(rows[0]), count=len(found))) + text
 
 
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add ``tuning`` to the command line."""
     command = commands.add_parser("tuning", help="the tuner's choices beside an exhaustive search")
-    timed.add_arguments(command, "tuning", _SECONDS, "for the tuner, in each cell")
-    command.add_argument("--rounds", type=int, default=61, help="of all candidates, in turns")
+    timed.add_arguments(command, "tuning", SECONDS, "for the tuner, in each cell")
+    command.add_argument("--rounds", type=int, default=ROUNDS, help="of all candidates, in turns")
     command.set_defaults(run=_run)
 
 
 def _run(arguments: argparse.Namespace) -> int:
     check_count("--rounds", arguments.rounds)
-    timed.prepare(arguments)
+    timed.prepare(arguments, asked={"--rounds": (arguments.rounds, ROUNDS)})
     found = cells(write(arguments.out, _measured(arguments)))
     print(format_table(HEADERS, lines(found), align="lrrrlrlrlr"))
     print(in_words(found))
@@ -210,5 +237,6 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _measured(arguments: argparse.Namespace) -> Iterator[Row]:
-    for (n, k, block, share), m in itertools.product(WEIGHTS, ROWS):
-        yield from measure(n, k, block, share, m, arguments.seconds, arguments.rounds)
+    for fitted, weights in ((True, FITTED), (False, HELD_OUT)):
+        for weight, m in itertools.product(weights, ROWS):
+            yield from measure(*weight, m, arguments.seconds, arguments.rounds, fitted)

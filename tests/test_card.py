@@ -238,6 +238,7 @@ class Timed:
     cell: int
     provider: str
     status: str = "measured"
+    seconds: float = 0.0
 
     @property
     def is_measured(self):
@@ -271,7 +272,9 @@ def test_a_sweep_covers_its_grid_and_names_who_is_missing(tmp_path, monkeypatch)
     assert last.missing == ("scipy BSR (not installed)",)
     assert last.note == "(4,): RuntimeError: out of memory"
     with open(tmp_path / "serving.csv", newline="", encoding="utf-8") as file:
-        cells = [int(row["cell"]) for row in csv.DictReader(file) if row["provider"] == "dense"]
+        found = list(csv.DictReader(file))
+    cells = [int(row["cell"]) for row in found if row["provider"] == "dense"]
+    assert {row["seconds"] for row in found} == {"0.1"}
     assert cells == [0, 2, 1, 5, 3]  # 4 gave none
 
     first, *rest = serve.run(time.monotonic() - 1, tmp_path, CPU)

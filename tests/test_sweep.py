@@ -140,6 +140,21 @@ def test_what_another_run_left_is_refused(changed, message, run, out, monkeypatc
     assert part.read_text() == text
 
 
+def test_samples_of_other_seconds_are_not_gone_on_with(run, out, monkeypatch, capsys):
+    stop_before(monkeypatch, 2)
+    run("serve", "--out", str(out))
+    assert run("serve", "--out", str(out), "--seconds", "0.1") == 2
+    assert "what a stop has left is of seconds 0.0, here is 0.1" in capsys.readouterr().err
+
+
+def test_other_seconds_do_not_replace_what_is_kept(run, monkeypatch, capsys):
+    seen = stop_before(monkeypatch, 0)
+    monkeypatch.setattr(sys, "argv", ["bench", "sweep", "serve", "--seconds", "0.1"])
+    assert command_line.main() == 2
+    assert "--seconds 0.1 needs --out: serving.csv is of 0.6" in capsys.readouterr().err
+    assert seen == []
+
+
 def test_a_wrong_op_is_named_and_replaces_nothing(run, out, monkeypatch, capsys):
     assert run("serve", "--out", str(out)) == 0
     kept = out.read_text()
