@@ -51,10 +51,10 @@ bench-serve: $(VENV)/.test $(VENV)/.peers $(VENV_NATIVE)/.test
 	$(VENV)/bin/python -m bench report
 
 # what three compilers make of every kernel for every card: the oldest that is supported, the one
-# that tests run with, the newest; hours on two cores
+# that tests run with, the newest; hours on two cores, of which a stop loses nothing: what has not
+# changed since it was compiled is not compiled again
 compile-report: $(TRITONS:%=$(VENV)-triton-%/.triton)
 	$(VENV)-triton-newest/bin/python $(PIP_INSTALL) --upgrade triton
-	rm -f $(TRITONS:%=$(VENV)-triton-%/report.csv)
 	status=0; for version in $(TRITONS); do \
 	    TRITON_INTERPRET=0 PYTHONPATH=.:kernels $(VENV)-triton-$$version/bin/python \
 	        -m bench.compile_report $(REPORT) --csv $(VENV)-triton-$$version/report.csv \

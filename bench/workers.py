@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import signal
 import time
@@ -34,7 +35,8 @@ class _Worker(Generic[Item]):
 
     def give(self, item: Item) -> None:
         self.item, self.began = item, time.monotonic()
-        self.connection.send(item)
+        with contextlib.suppress(OSError):  # it has ended: what it says next is that
+            self.connection.send(item)
 
     def end(self) -> None:
         self.process.kill()
@@ -110,7 +112,7 @@ def _end(worker: _Worker, limit: float) -> float:
 def _received(worker: _Worker):
     try:
         return worker.connection.recv()
-    except EOFError:
+    except (EOFError, OSError):
         worker.process.join()
         return Lost(f"its process ended with {worker.process.exitcode}")
 

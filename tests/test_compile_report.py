@@ -1,10 +1,11 @@
 import csv
-from dataclasses import replace
+from dataclasses import astuple, replace
 
 import pytest
 from sgtriton_kernels._triton import triton
 
-from bench import compile_report
+from bench import compile_report, compile_rules
+from bench.compile_rows import Row, write_rows
 from bench.variants import Product, Variant, variants
 from sgtriton.cross_compile import Compiled
 from sgtriton.launches import Launch
@@ -14,6 +15,16 @@ LAUNCH = Launch("module", "kernel", {}, {}, num_warps=4, num_stages=2)
 
 def run(*arguments):
     return compile_report.main(["--jobs", "1", *arguments])
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Compile where the test can reach."""
+
+    def run_all(task, items, jobs, limit):
+        yield from ((item, task(item)) for item in items)
+
+    monkeypatch.setattr(compile_report, "in_processes", run_all)
 
 
 @pytest.mark.compiles
@@ -58,7 +69,7 @@ def test_report_shows_and_writes_what_was_compiled(tmp_path, capsys):
 
 
 @pytest.mark.compiles
-def test_report_reads_products(monkeypatch, capsys):
+def test_report_reads_products(in_this_process, monkeypatch, capsys):
     chosen = [
         next(
             v
@@ -67,7 +78,7 @@ def test_report_reads_products(monkeypatch, capsys):
         )
         for op in ("fused fwd", "bsr_linear fwd")
     ]
-    gated, blocks = compile_report.report(chosen, ["sm_90"], jobs=1)
+    gated, blocks = compile_report.report(compile_report.work_of(chosen, ["sm_90"]), jobs=1)
     assert (gated.instruction, gated.left) == ("wgmma", "registers")
     assert blocks.instruction == "wgmma"
     for row, variant in zip((gated, blocks), chosen, strict=True):
@@ -78,7 +89,7 @@ def test_report_reads_products(monkeypatch, capsys):
         assert row.violations == ""
 
     monkeypatch.setattr(compile_report, "variants", lambda: chosen[:1])
-    monkeypatch.setitem(compile_report.SHARED_LIMITS, "sm_90", 1024)
+    monkeypatch.setitem(compile_rules.SHARED_LIMITS, "sm_90", 1024)
     assert run("--target", "sm_90") == 1
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("fused fwd")
@@ -117,14 +128,14 @@ def test_violations_of_products(target, change, expected):
     given["ttgir"] += ALLOC.format(2)
     if "ttgir" in change:
         change = {**change, "ttgir": change["ttgir"] + ALLOC.format(2)}
-    found = list(compile_report.violations(variant, target, Compiled(**given | change)))
+    found = list(compile_rules.violations(variant, target, Compiled(**given | change)))
     assert found == expected
 
 
 def test_violations_of_copies_and_accesses():
     def found(variant, assembly):
         code = Compiled(assembly, shared=0, spills=0, registers=32)
-        return list(compile_report.violations(variant, "sm_80", code))
+        return list(compile_rules.violations(variant, "sm_80", code))
 
     product = Product(half=False, left_rows=16, left_direct=False, copies=(4096, 1024), ahead=False)
     variant = Variant("op", "name", "tile", LAUNCH, product=product)
@@ -162,10 +173,10 @@ def test_a_shallower_pipeline_is_a_violation(target, held, ahead, expected):
     variant = Variant("op", "name", "tile", launch, product=product)
     code = Compiled("", 1024, 0, 64, ttgir="".join(map(ALLOC.format, held)))
     assert code.buffers == held
-    assert list(compile_report.violations(variant, target, code)) == expected
+    assert list(compile_rules.violations(variant, target, code)) == expected
     if held:  # without matrix instructions, too
         alone = replace(variant, product=None)
-        assert list(compile_report.violations(alone, target, code)) == expected
+        assert list(compile_rules.violations(alone, target, code)) == expected
 
 
 @pytest.mark.parametrize(
@@ -196,31 +207,158 @@ def test_matrix_units_that_read_shared_memory_take_a_buffer_more(
     code = Compiled(instruction, 1024, 0, 64, ttgir="".join(map(ALLOC.format, held)) + dot)
     product = Product(half=False, left_rows=64, left_direct=False)
     variant = Variant(op, "name", "tile", launch, product=product)
-    assert list(compile_report.violations(variant, target, code)) == expected
+    assert list(compile_rules.violations(variant, target, code)) == expected
 
 
-def test_what_does_not_compile_is_a_line_of_the_report(monkeypatch):
+@pytest.fixture
+def planted(monkeypatch, tmp_path):
+    """Variants whose kernels are not there, one that ends the process and one that hangs."""
+    monkeypatch.setattr(compile_report, "source_of", lambda variant: "source")
+    (tmp_path / "planted_crash.py").write_text("import os; os._exit(9)", encoding="utf-8")
+    (tmp_path / "planted_hang.py").write_text("import time; time.sleep(60)", encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return [
+        Variant("op", name, "tile", replace(LAUNCH, module=f"planted_{name}"))
+        for name in ("missing", "crash", "hang", "absent")
+    ]
+
+
+def test_a_compiler_that_dies_or_hangs_is_a_line_of_the_report(planted, monkeypatch, capsys):
+    monkeypatch.setattr(compile_report, "_SECONDS", 3.0)
+    work = compile_report.work_of(planted, ["sm_90"])
+    rows = {row.variant: row for row in compile_report.report(work, jobs=2)}
+    assert rows["crash"].violations == "does not compile: its process ended with 9"
+    assert rows["hang"].violations == "does not compile: not finished after 3 s"
+    for name in ("missing", "absent"):
+        assert rows[name].violations.startswith("does not compile: ModuleNotFoundError: ")
+    assert {row.registers for row in rows.values()} == {None}
+    assert "4 of 4 compiled" in capsys.readouterr().err
+
+
+class Report:
+    """A report on two variants, of which it compiles as many as it may."""
+
+    def __init__(self, path, monkeypatch):
+        self.path, self.sources, self.most, self.compiled = path, {"a": "1", "b": "1"}, 9, []
+        chosen = [Variant("op", name, "tile", LAUNCH) for name in "ab"]
+        monkeypatch.setattr(compile_report, "why_not", lambda: None)
+        monkeypatch.setattr(compile_report, "variants", lambda: chosen)
+        monkeypatch.setattr(compile_report, "source_of", lambda v: self.sources[v.name])
+        monkeypatch.setattr(compile_report, "compile_launch", self.compile)
+        self.monkeypatch = monkeypatch
+
+    def compile(self, target, launch):
+        if len(self.compiled) == self.most:
+            raise KeyboardInterrupt
+        self.compiled.append(target)
+        return Compiled("", 1024, 0, 64)
+
+    def run(self, *arguments, most=9):
+        """The exit status, and how many kernels were compiled."""
+        self.most, self.compiled = most, []
+        status = run("--target", "sm_80", "--target", "sm_90", "--csv", str(self.path), *arguments)
+        return status, len(self.compiled)
+
+    @property
+    def rows(self):
+        with open(self.path, newline="", encoding="utf-8") as file:
+            return [(line["variant"], line["target"]) for line in csv.DictReader(file)]
+
+
+EVERY = [(name, target) for name in "ab" for target in ("sm_80", "sm_90")]
+
+
+@pytest.fixture
+def reported(in_this_process, tmp_path, monkeypatch):
+    return Report(tmp_path / "folder" / "rows.csv", monkeypatch)
+
+
+def test_a_stopped_report_goes_on_where_it_was(reported, capsys):
+    assert reported.run(most=3) == (130, 3)
+    assert "the same command goes on" in capsys.readouterr().err
+    assert reported.rows == EVERY[:3]
+    assert reported.run() == (0, 1)
+    said = capsys.readouterr()
+    assert "3 of 4 are known" in said.err
+    assert "4 kernels compiled by" in said.out
+    assert reported.rows == EVERY
+    assert reported.run() == (0, 0)
+    assert reported.run("--target", "sm_86") == (0, 2)  # what was not asked for stays
+    assert len(reported.rows) == 6
+
+
+def test_a_line_that_a_stop_has_cut_is_compiled_again(reported):
+    reported.run()
+    whole = reported.path.read_text(encoding="utf-8")
+    for cut in (3, 20):
+        reported.path.write_text(whole[:-cut], encoding="utf-8")
+        assert reported.run() == (0, 1)
+        assert reported.path.read_text(encoding="utf-8") == whole
+
+
+def test_what_has_changed_is_compiled_again(reported, monkeypatch):
+    reported.run()
+    reported.sources["b"] = "2"
+    assert reported.run() == (0, 2)
+    assert reported.rows == EVERY
+    monkeypatch.setattr(compile_report.triton, "__version__", "99.0")
+    assert reported.run() == (0, 4)
+
+
+def test_what_did_not_compile_is_tried_again(reported, monkeypatch):
     def fail(*_):
         raise RuntimeError("PassManager::run failed\nsomewhere")
 
     monkeypatch.setattr(compile_report, "compile_launch", fail)
-    variants = [Variant("op", name, "tile", LAUNCH) for name in "ab"]
-    rows = compile_report.report(variants, ["sm_90"], jobs=1)
-    assert [row.violations for row in rows] == [
+    assert reported.run()[0] == 1
+    with open(reported.path, newline="", encoding="utf-8") as file:
+        lines = list(csv.DictReader(file))
+    assert {line["violations"] for line in lines} == {
         "does not compile: RuntimeError: PassManager::run failed somewhere"
-    ] * 2
-    assert rows[0].registers is None
+    }
+    assert {line["registers"] for line in lines} == {"-"}
+    monkeypatch.setattr(compile_report, "compile_launch", reported.compile)
+    assert reported.run() == (0, 4)
+
+
+def test_a_violation_that_is_known_still_gives_1(reported):
+    row = Row("op", "a", "", "tile", "sm_80", triton.__version__, 64, 1024, 8, None, None, None,
+              None, "8 bytes spilled", "1")  # fmt: skip
+    reported.path.parent.mkdir()
+    write_rows(reported.path, [astuple(row)])
+    assert reported.run() == (1, 3)
+
+
+def test_a_file_that_is_no_report_is_not_replaced(reported, capsys):
+    reported.path.parent.mkdir()
+    reported.path.write_text("a,b\n1,2\n", encoding="utf-8")
+    assert reported.run() == (2, 0)
+    assert "is no report: its columns are" in capsys.readouterr().err
+    assert reported.path.read_text(encoding="utf-8") == "a,b\n1,2\n"
+
+
+@pytest.mark.compiles
+def test_a_source_is_that_of_kernel_launch_and_rules(monkeypatch):
+    one, other = (v for v in variants()[:2])
+    assert compile_report.source_of(one) == compile_report.source_of(one)
+    wider = replace(one, launch=replace(one.launch, num_warps=one.launch.num_warps * 2))
+    found = {compile_report.source_of(v) for v in (one, other, wider)}
+    assert len(found) == 3
+    before = compile_report.source_of(one)
+    monkeypatch.setattr(compile_report, "_rules", lambda: b"other rules")
+    assert compile_report.source_of(one) != before
+    assert not any(" at 0x" in repr(v) for v in variants())  # they would differ between processes
 
 
 HEADER = (
     "op,variant,rows,tile,target,triton,registers,shared,spills,instruction,left,copy,buffers,"
-    "violations\n"
+    "violations,source\n"
 )
 
 
 def test_reports_of_several_tritons_are_joined_in_one_order(tmp_path, capsys):
     lines = [
-        f"{op},bf16,16,n64,{target},{version},32,0,0,-,-,16,-,\n"
+        f"{op},bf16,16,n64,{target},{version},32,0,0,-,-,16,-,,abc\n"
         for op in ("b", "a") for target in ("gfx942", "sm_90") for version in ("3.10.0", "3.6.0")
     ]  # fmt: skip
     paths = [tmp_path / "one.csv", tmp_path / "two.csv"]
@@ -235,7 +373,9 @@ def test_reports_of_several_tritons_are_joined_in_one_order(tmp_path, capsys):
     assert run("--join", *map(str, paths[::-1]), "--csv", str(out)) == 0
     assert out.read_text(encoding="utf-8").splitlines(keepends=True) == found
 
-    paths[0].write_text(HEADER + lines[0].replace(",\n", ",8 bytes spilled\n"), encoding="utf-8")
+    paths[0].write_text(
+        HEADER + lines[0].replace(",,abc", ",8 bytes spilled,abc"), encoding="utf-8"
+    )
     assert run("--join", str(paths[0]), "--csv", str(out)) == 1
 
 
