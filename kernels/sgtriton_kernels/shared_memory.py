@@ -35,8 +35,11 @@ def bytes_of(tile: BsrTile, cell: Cell, arch: str) -> int:
     m, k = tile.BLOCK_M, min(tile.BLOCK_K, bk)
     n = tile.BLOCK_N if tile.form == "pairs" else min(tile.BLOCK_N, bn)
     step = {"fwd": (n + m) * k, "dx": (k + m) * n, "dvalues": (n + k) * m}[cell.op.split()[1]]
-    reads_buffers = arch in _FROM_BUFFERS and (cell.dtype.itemsize < 4 or cell.precision == "tf32")
-    buffers = tile.num_stages if reads_buffers else max(tile.num_stages - 1, 1)
+    wide = cell.dtype.itemsize > 2
+    all_of_them = arch in _FROM_BUFFERS and (not wide or cell.precision == "tf32")
+    if tile.bulk and wide:  # a tile that the copy engine brought is laid out anew, through another
+        all_of_them = True
+    buffers = tile.num_stages if all_of_them else max(tile.num_stages - 1, 1)
     return buffers * step * cell.dtype.itemsize + _BESIDES
 
 
