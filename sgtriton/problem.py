@@ -126,15 +126,15 @@ def _fp64_rate(device: torch.device) -> float:
 def _nan_filled() -> Iterator[None]:
     """Memory that is allocated, and what calls keep of it, is full of NaN."""
     fill_scratch(float("nan"))
-    before = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    before = torch.get_deterministic_debug_mode()
     fills = torch.utils.deterministic.fill_uninitialized_memory  # pyright: ignore
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    # use_deterministic_algorithms would do as well, but first imports a compiler, for seconds
+    torch.set_deterministic_debug_mode("warn")
     torch.utils.deterministic.fill_uninitialized_memory = True  # pyright: ignore
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of ops that are not deterministic
             yield
     finally:
-        torch.use_deterministic_algorithms(before, warn_only=warn_only)
+        torch.set_deterministic_debug_mode(before)
         torch.utils.deterministic.fill_uninitialized_memory = fills  # pyright: ignore

@@ -1,7 +1,11 @@
 """The search: what is wrong or fails is out, what is not surely faster changes nothing."""
 
+import os
 import random
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -218,13 +222,54 @@ def test_planted_candidate_that_reads_old_scratch_is_refused(monkeypatch):
     assert "wrong in" in str(p.wrong(Candidate("loop", way="loop")))
 
 
-def test_check_leaves_the_switches_as_they_were():
-    p = problem()
-    before = torch.are_deterministic_algorithms_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
-    p.wrong(analytic(p.cell).candidate)
-    assert torch.are_deterministic_algorithms_enabled() == before
-    assert torch.utils.deterministic.fill_uninitialized_memory == fill
+@pytest.mark.parametrize("mode", [0, 1, 2])
+@pytest.mark.parametrize("fills", [True, False])
+def test_check_leaves_the_switches_as_they_were(mode, fills, monkeypatch):
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", fills)
+    p, before = problem(), torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode(mode)
+    try:
+        p.wrong(analytic(p.cell).candidate)
+        assert torch.get_deterministic_debug_mode() == mode
+        assert torch.utils.deterministic.fill_uninitialized_memory == fills
+    finally:
+        torch.set_deterministic_debug_mode(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_memory_that_a_checked_call_takes_is_nan(dtype, monkeypatch):
+    def unwritten(x, weights, index, out, bias, elements):
+        assert out.isnan().all()
+        assert torch.empty(5, dtype=dtype).isnan().all()
+        assert torch.empty_like(x).isnan().all()
+        torch.zeros(4, 2).put_(torch.zeros(3, dtype=torch.long), torch.ones(3))  # is not refused
+
+    monkeypatch.setattr(block_products, "_whole", lambda weights, index: weights)
+    p = problem(dtype=dtype)
+    found = p.wrong(planted(monkeypatch, unwritten))
+    rows, cols = p.cell.M, p.cell.N
+    assert found == f"wrong in {rows * cols} of {rows * cols} elements"
+
+
+def test_search_imports_no_compiler_inside_its_time(tmp_path):
+    """PyTorch's switch to deterministic algorithms imports Inductor, for seconds."""
+    script = (
+        "import sys; from sgtriton.cli import main\n"
+        "code = main(['tune', '--shapes', '64x512x512', '--seconds', '3'])\n"
+        "print([m for m in ('torch._dynamo', 'torch._inductor') if m in sys.modules], code)"
+    )
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=os.environ
+        | {"PYTHONPATH": f"{root}:{root / 'kernels'}", "SGTRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[] 0"
+    assert "1 of 1 products timed" in done.stdout
 
 
 def test_timing_is_of_a_call():
