@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
-from sgtriton_kernels import bsr_convert, candidates, gate, gate_bits, penalty, tiles
+from sgtriton_kernels import bsr_convert, candidates, gate, gate_bits, penalty, records, tiles
 from sgtriton_kernels.blocks import Block, gate_layout
 from sgtriton_kernels.conv_geometry import ConvGeometry
 
@@ -103,6 +103,7 @@ def _elementwise() -> Iterator[Variant]:
     ):
         for kind, drawn in some:
             yield from _gate_weight(shape, block, kind, drawn)
+    yield from _gate_weight((SIZE, SIZE), (1, 1), "threshold", False, torch.float16)
     for gradient in (True, False):
         yield _gate_penalties(gradient)
     for kind in ("threshold", "bernoulli"):
@@ -113,15 +114,22 @@ def _elementwise() -> Iterator[Variant]:
         yield Variant("pack_gates", kind, f"{launch.constexprs['BLOCK']} words", launch)
 
 
-def _gate_weight(shape: tuple[int, ...], block: Block, kind: str, drawn: bool) -> Iterator[Variant]:
+def _gate_weight(
+    shape: tuple[int, ...],
+    block: Block,
+    kind: str,
+    drawn: bool,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Iterator[Variant]:
     layout = gate_layout(shape, block)
     w, gates = empty(*shape), empty(*layout.gate_shape)
-    out = w.to(torch.bfloat16)
+    out = w.to(dtype)
     seed = empty(1, dtype=torch.int64) if drawn else None
     tile = gate.tile_for_gate_weight(layout, w.device)
     text = f"{tile.BLOCK_R}x{tile.BLOCK_C} w{tile.num_warps}"
     sides = "x".join("N" if side is None else str(side) for side in block)
-    name = _name(sides + (" conv" if len(shape) > 2 else ""), kind)
+    half = [] if dtype == torch.bfloat16 else [TYPES[dtype]]
+    name = _name(sides + (" conv" if len(shape) > 2 else ""), kind, *half)
     # narrow are the seed, and the gate and its sum where several weights share one
     narrow = 1 + 2 * (block != (1, 1))
     forward = functools.partial(
@@ -169,6 +177,8 @@ def _gated_linear() -> Iterator[Variant]:
             for m in ROWS[::3]:
                 yield _gated_product(which, False, (1, 1), m, x_dtype, w_dtype, SIZE - 1)
                 yield _gated_product(which, True, (64, 64), m, x_dtype, w_dtype, SIZE - 1)
+        for skip, block in ((False, (1, 1)), (True, (64, 64))):
+            yield _gated_product(which, skip, block, 512, torch.float16, fp32)
 
 
 def _gated_product(
@@ -239,6 +249,31 @@ def _bsr_linear() -> Iterator[Variant]:
             if (tile := candidate.tile) is not None:
                 m = SIZE if which == "dvalues" else tile.BLOCK_M
                 yield from _bsr_product(which, bf16, (64, 64), m, tile)
+    named = candidates.named("bsr_linear fwd", "triton", False).values()
+    forms = {(c.tile.form, c.tile.split > 1): c.tile for c in named if c.tile is not None}
+    for tile in forms.values():
+        yield from _bsr_product("fwd", torch.float16, (64, 64), tile.BLOCK_M, tile)
+    for which in ("dx", "dvalues"):
+        yield from _bsr_product(which, torch.float16, (64, 64), 512)
+    for (which, block, dtype, tile), rows in _named_by_tables().items():
+        yield from _bsr_product(which, dtype, block, rows, tile)
+
+
+def _named_by_tables() -> dict[tuple[str, tuple[int, int], torch.dtype, tiles.BsrTile], int]:
+    """Pass, block, dtype and tile that tables which ship name of ``bsr_linear``, and rows."""
+    found = {}
+    for table in records.tables():
+        for entry in table.entries.values():
+            key = entry["key"]
+            op, _, which = key["op"].partition(" ")
+            if op != "bsr_linear":
+                continue
+            named = candidates.named(key["op"], key["impl"], False).get(entry["candidate"])
+            if named is not None and named.tile is not None:
+                bn, bk = map(int, key["block"].split("x"))
+                launch = which, (bn, bk), getattr(torch, key["dtype"]), named.tile
+                found[launch] = max(key["rows"], found.get(launch, 0))
+    return found
 
 
 def _bsr_product(
@@ -293,6 +328,7 @@ def _bsr_conv() -> Iterator[Variant]:
                 for size in (2, 14, 112):
                     yield _bsr_convolution(which, dtype, side, size, 256)
             yield _bsr_convolution(which, dtype, 32, 56, 250)
+        yield _bsr_convolution(which, torch.float16, 64, 14, 256)
 
 
 def _bsr_convolution(
@@ -330,6 +366,7 @@ def _bsr_convert() -> Iterator[Variant]:
         for kind, dtype in (("threshold", bf16), ("hard_concrete", fp32)):
             yield from _gated_to_bsr(block, kind, dtype)
     yield from _gated_to_bsr((12, 12), "threshold", bf16)
+    yield from _gated_to_bsr((64, 64), "threshold", torch.float16)
 
 
 def _gated_to_bsr(block: tuple[int, int], kind: str, dtype: torch.dtype) -> Iterator[Variant]:

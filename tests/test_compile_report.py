@@ -2,13 +2,15 @@ import csv
 from dataclasses import astuple, replace
 
 import pytest
+import torch
+from sgtriton_kernels import candidates, records
 from sgtriton_kernels._triton import triton
 
 from bench import compile_report, compile_rules
 from bench.compile_rows import Row, write_rows
-from bench.variants import Product, Variant, variants
+from bench.variants import SIZE, Product, Variant, variants
 from sgtriton.cross_compile import Compiled
-from sgtriton.launches import Launch
+from sgtriton.launches import Launch, bsr_linear_launches
 
 LAUNCH = Launch("module", "kernel", {}, {}, num_warps=4, num_stages=2)
 
@@ -45,6 +47,43 @@ def test_every_op_that_ships_is_there():
     for variant in found:
         if variant.product is not None:
             assert {"BLOCK_M", "BLOCK_N", "BLOCK_K"} <= set(variant.launch.constexprs)
+
+
+@pytest.mark.compiles
+def test_tiles_that_tables_name_are_compiled_for_the_blocks_they_are_named_for():
+    """A tile is cut to the block, and what is cut is another kernel."""
+    launched = {(v.op, repr(v.launch)) for v in variants()}
+    seen = set()
+    for table in records.tables():
+        for entry in table.entries.values():
+            key = entry["key"]
+            tile = candidates.named(key["op"], "triton", False)[entry["candidate"]].tile
+            if tile is None or not key["op"].startswith("bsr_linear"):
+                continue
+            which, block = key["op"].split()[1], [int(side) for side in key["block"].split("x")]
+            dtype, rows = getattr(torch, key["dtype"]), key["rows"]
+            if (which, *block, dtype, tile) in seen:
+                continue
+            seen.add((which, *block, dtype, tile))
+            launch, *_ = bsr_linear_launches(
+                which, dtype, (block[0], block[1]), rows, SIZE, SIZE, SIZE, tile
+            )
+            assert (key["op"], repr(launch)) in launched, entry
+    assert seen
+
+
+@pytest.mark.compiles
+def test_every_op_is_compiled_for_fp16():
+    """Values of 16 bits were bf16 everywhere, whose conversions are others."""
+    types = {}
+    for variant in variants():
+        pointers = {text for text in variant.launch.signature.values() if "fp16" in text}
+        types.setdefault(variant.op, set()).update(pointers)
+    without = {op for op, found in types.items() if not found}
+    # these read and write gates, counts and bits only, or add up sums in fp32
+    assert without <= {"gate_penalties", "pack_gates", "gated_to_bsr count"}
+    forms = {v.name for v in variants() if v.op == "bsr_linear fwd" and "fp16" in v.name}
+    assert {name.split(", ")[2] for name in forms} == {"vector", "x left", "weight left", "pairs"}
 
 
 @pytest.mark.compiles
