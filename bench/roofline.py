@@ -18,6 +18,7 @@ from sgtriton.roofline import (
     dense_seconds,
     ideal_speedup,
     predict,
+    predicted_speedup,
 )
 
 from . import timed
@@ -74,7 +75,10 @@ def predict_rows(
                 for block in blocks:
                     sizes = M, N, K, (block, block), 0, torch.bfloat16
                     cell = Cell("bsr_linear fwd", "triton", *sizes)
-                    dense, even = dense_seconds(on, cell), break_even(on, cell)
+                    dense = dense_seconds(on, cell)
+                    even = break_even(
+                        lambda s, on=on, cell=cell: predicted_speedup(on, at_sparsity(cell, s))
+                    )
                     for sparsity in sparsities:
                         found = predict(on, at_sparsity(cell, sparsity))
                         rows.append(

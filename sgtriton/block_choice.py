@@ -9,16 +9,16 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from sgtriton_kernels.cards import CARD_NAMES, card, card_of
+from sgtriton_kernels.cards import CARD_NAMES, card, card_of, named_card
 from sgtriton_kernels.cell import Cell
 from sgtriton_kernels.records import architecture, device_name
 from torch import nn
 
 from .cost_model import expected_speedup
-from .roofline import at_sparsity, predicted_speedup
+from .roofline import at_sparsity, break_even, predicted_speedup
 
 Sides = tuple[int, int]
 
@@ -32,11 +32,11 @@ class BlockChoice:
     """A block, and what others would give.
 
     Args:
-        block: the one to take.
+        block: the one to take; the smallest where the weight is too small for all.
         speedups: block -> expected speed-up over dense at the target, the geometric mean over the
             rows; blocks that the weight is too small for are missing.
         break_even: block -> least sparsity, in hundredths, from which on none of these rows is
-            expected to be slower than dense; 1 where there is none.
+            expected to be slower than dense, as long as a block is left; 1 where there is none.
         where: the card, or ``"cpu"``.
     """
 
@@ -70,11 +70,11 @@ def choose_block(
     speedup = (
         _on_cpu(weight_shape, dtype) if where == "cpu" else _on_card(where, weight_shape, dtype)
     )
-    fitting = [b for b in BLOCKS if _fits(b, weight_shape, target)] or [BLOCKS[0]]
+    fitting = [b for b in BLOCKS if _fits(b, weight_shape, target)]
     speedups = {b: _mean(speedup, b, target, rows) for b in fitting}
-    best = max(speedups.values())
-    block = next(b for b in fitting if speedups[b] >= WITHIN * best)
-    even = {b: _break_even(speedup, b, rows) for b in fitting}
+    best = max(speedups.values(), default=0.0)
+    block = next((b for b in fitting if speedups[b] >= WITHIN * best), BLOCKS[0])
+    even = {b: _break_even(speedup, b, weight_shape, rows) for b in fitting}
     return BlockChoice(block, speedups, even, where)
 
 
@@ -91,18 +91,18 @@ def where_of(name: str | None, device: torch.device) -> str:
     Raises:
         ValueError: an unknown name, or a device whose card is not known.
     """
-    known = ("cpu", *CARD_NAMES)
-    if name is not None and name not in known:
-        raise ValueError(f"card must be one of {', '.join(known)}, got {name!r}")
-    if name is not None or device.type == "cpu":
-        return name or "cpu"
+    if name is not None:
+        return named_card(name, "cpu")
+    if device.type == "cpu":
+        return "cpu"
     found, called = None, f"a model on {device}"
     if device.type == "cuda":
         called = device_name(device)
         found = card_of(called, architecture(device))
     if found is None:
         raise ValueError(
-            f"card must be given for {called}, which is not known: one of {', '.join(known)}"
+            f"card must be given for {called}, which is not known: one of "
+            f"{', '.join(('cpu', *CARD_NAMES))}"
         )
     return found
 
@@ -114,9 +114,15 @@ def matrix_shape(weight_shape: Sequence[int]) -> Sides:
 
 def _fits(block: Sides, weight_shape: Sequence[int], target: float) -> bool:
     """Whether the weight has so many blocks that one may stay and the target be met."""
+    (bn, bk), (outputs, inputs, *_) = block, weight_shape
+    return bn <= outputs and bk <= inputs and _most_sparsity(block, weight_shape) >= target
+
+
+def _most_sparsity(block: Sides, weight_shape: Sequence[int]) -> float:
+    """The sparsity at which a single block is left."""
     (bn, bk), (outputs, inputs, *taps) = block, weight_shape
     blocks = -(-outputs // bn) * -(-inputs // bk) * math.prod(taps)
-    return bn <= outputs and bk <= inputs and (blocks - 1) / blocks >= target
+    return (blocks - 1) / blocks
 
 
 Speedup = Callable[[Sides, float, int], float]
@@ -128,7 +134,7 @@ def _on_card(name: str, weight_shape: Sequence[int], dtype: torch.dtype) -> Spee
     def speedup(block: Sides, sparsity: float, rows: int) -> float:
         cell = Cell("bsr_linear fwd", "triton", rows, n, k, block, 0, dtype)
         cell = at_sparsity(cell, sparsity)
-        return predicted_speedup(on, cell) if cell.nnz else 1.0
+        return predicted_speedup(on, replace(cell, nnz=max(1, cell.nnz)))
 
     return speedup
 
@@ -146,11 +152,11 @@ def _mean(speedup: Speedup, block: Sides, sparsity: float, rows: Sequence[int]) 
     return statistics.geometric_mean(speedup(block, sparsity, m) for m in rows)
 
 
-def _break_even(speedup: Speedup, block: Sides, rows: Sequence[int]) -> float:
-    least = 100
-    while least > 1 and min(speedup(block, (least - 1) / 100, m) for m in rows) >= 1:
-        least -= 1
-    return least / 100
+def _break_even(
+    speedup: Speedup, block: Sides, weight_shape: Sequence[int], rows: Sequence[int]
+) -> float:
+    most = _most_sparsity(block, weight_shape)
+    return break_even(lambda s: min(speedup(block, s, m) for m in rows), most)
 
 
 def blocks_of_layers(

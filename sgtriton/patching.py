@@ -95,7 +95,8 @@ def patch(
         reopen_every: let closed gates move once in so many optimizer steps (``threshold`` only). On
             the others their blocks cost nothing in backward, for gates that cover blocks.
         card: with ``block="auto"``: where the model will be served, one of
-            ``sgtriton_kernels.cards.CARD_NAMES``, or ``"cpu"``; default: the device it is on.
+            ``sgtriton_kernels.cards.CARD_NAMES``, in short if that is clear (``"H100"``), or
+            ``"cpu"``; default: the device it is on.
         target: with ``block="auto"``: the share of the weights that will be closed.
 
     Returns:

@@ -41,6 +41,8 @@ prediction.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from sgtriton_kernels.cards import Card
@@ -194,13 +196,14 @@ def predicted_speedup(card: Card, cell: Cell) -> float:
     return dense_seconds(card, cell) / predict(card, cell).seconds
 
 
-def break_even(card: Card, cell: Cell) -> float:
-    """The least sparsity, in hundredths, from which on the prediction is not below dense; or 1.
+def break_even(speedup: Callable[[float], float], most: float = 1.0) -> float:
+    """The least sparsity, in hundredths, from which on nothing is slower than dense; or 1.
 
     Args:
-        cell: of any number of blocks.
+        speedup: over dense, at a sparsity.
+        most: the highest sparsity that is looked at.
     """
-    least = 100
-    while least > 1 and predicted_speedup(card, at_sparsity(cell, (least - 1) / 100)) >= 1:
+    first = least = min(99, math.floor(100 * most + 1e-9)) + 1
+    while least > 1 and speedup((least - 1) / 100) >= 1:
         least -= 1
-    return least / 100
+    return 1.0 if least == first else least / 100

@@ -3,7 +3,7 @@
 import dataclasses
 
 import pytest
-from sgtriton_kernels.cards import CARD_NAMES, card, card_of
+from sgtriton_kernels.cards import CARD_NAMES, card, card_of, named_card
 
 from sgtriton.cross_compile import CARDS
 
@@ -104,3 +104,38 @@ def test_no_two_cards_have_a_name_in_common():
     names = [name for found in CARDS_BY_NAME.values() for name in found.device_names]
     assert len(set(names)) == len(names)
     assert all(found.device_names for found in CARDS_BY_NAME.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        *((name, name) for name in CARD_NAMES),
+        ("H100", "H100 SXM"),
+        ("h100sxm", "H100 SXM"),
+        ("h100_sxm", "H100 SXM"),
+        ("a100", "A100 SXM 80GB"),
+        ("A100-SXM", "A100 SXM 80GB"),
+        ("a10", "A10"),
+        ("4090", "RTX 4090"),
+        ("7900 xtx", "RX 7900 XTX"),
+        (" mi300x ", "MI300X"),
+    ],
+)
+def test_short_names_of_cards_are_understood(name, meant):
+    assert named_card(name) == meant
+    assert named_card(name, "cpu") == meant
+
+
+@pytest.mark.parametrize("name", ["H20", "L40", "A1", "H300", "", " ", "SXM H100", None, ["H200"]])
+def test_other_cards_are_not_taken_for_those_that_are_known(name):
+    with pytest.raises(ValueError, match=r"card must be one of A100 SXM 80GB, .*, got "):
+        named_card(name)
+    assert named_card("CPU", "cpu") == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("name", "several"), [("rtx", "RTX 4090, RTX 5090"), ("sxm", "A100 SXM 80GB, H100 SXM")]
+)
+def test_a_name_of_several_cards_lists_them(name, several):
+    with pytest.raises(ValueError, match=f"card must be one of {several}: '{name}' may be"):
+        named_card(name)

@@ -88,7 +88,7 @@ def test_blocks_that_pay(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--card H100 --shapes 1x64x64", "card must be one of cpu, .*H100 SXM.*, got 'H100'"),
+        ("--card H300 --shapes 1x64x64", "card must be one of cpu, .*H100 SXM.*, got 'H300'"),
         ("--card cpu --shapes 1x64x64", "card must be one of .*, got 'cpu'"),
         ("--card A10 --block 32x32", "block does not go with --card: give --shapes"),
         ("--blocks", "--blocks needs --shapes"),

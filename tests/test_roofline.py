@@ -153,18 +153,34 @@ def test_pairs_are_not_predicted():
 @pytest.mark.parametrize("block", [16, 128])
 def test_from_the_break_even_on_nothing_is_slower_than_dense(block):
     size = 512, 4096, 4096, block
-    least = round(100 * roofline.break_even(H100, product(*size)))
+
+    def speedup(sparsity):
+        return roofline.predicted_speedup(H100, product(*size, sparsity))
+
+    least = round(100 * roofline.break_even(speedup))
     assert 1 < least < 100
-    speedups = [
-        roofline.predicted_speedup(H100, product(*size, s / 100)) for s in range(least - 1, 100)
-    ]
+    speedups = [speedup(s / 100) for s in range(least - 1, 100)]
     assert speedups[0] < 1 <= min(speedups[1:])
 
 
 def test_without_a_break_even_it_is_1():
     # one block takes (64 + 128) 128 2 bytes at 0.1 GB/s, 492 us; dense 134 us
     slow = dataclasses.replace(TOY, bandwidth_gbs=1e9, l2_bytes_per_clock=1)
-    assert roofline.break_even(slow, product(64, 1024, 1024, 128)) == 1
+    size = 64, 1024, 1024, 128
+    assert roofline.break_even(lambda s: roofline.predicted_speedup(slow, product(*size, s))) == 1
+
+
+def test_break_even_is_not_sought_where_no_block_is_left():
+    asked = []
+
+    def speedup(sparsity):
+        asked.append(sparsity)
+        return 2.0 if sparsity >= 0.7 else 0.5
+
+    assert roofline.break_even(speedup, most=0.75) == 0.7
+    assert max(asked) == 0.75
+    assert roofline.break_even(lambda s: 2.0, most=0.0) == 1  # only dense is left
+    assert roofline.break_even(lambda s: 0.5, most=0.5) == 1
 
 
 def test_a_block_need_not_be_square():

@@ -71,6 +71,38 @@ def card(name: str) -> Card:
     return _CARDS[name]
 
 
+def named_card(name: str, *others: str) -> str:
+    """The card that a user means: one of :data:`CARD_NAMES`, or of ``others``.
+
+    Case, spaces and signs do not count, and words may be left out where one card remains:
+    ``"H100"`` and ``"h100_sxm"`` are ``"H100 SXM"``. Parts of words are other cards: no ``"H20"``
+    is an ``"H200"``.
+
+    Raises:
+        ValueError: no card is named so, or several.
+    """
+    wanted = _letters(name) if isinstance(name, str) else ""
+    allowed = (*others, *CARD_NAMES)
+    whole = [known for known in allowed if _letters(known) == wanted]
+    found = whole or [known for known in CARD_NAMES if wanted and wanted in _runs(known)]
+    if len(found) > 1:
+        raise ValueError(f"card must be one of {', '.join(found)}: {name!r} may be each of them")
+    if not found:
+        raise ValueError(f"card must be one of {', '.join(allowed)}, got {name!r}")
+    return found[0]
+
+
+def _letters(name: str) -> str:
+    return "".join(filter(str.isalnum, name.casefold()))
+
+
+def _runs(name: str) -> set[str]:
+    """Every run of neighbouring words, without what is between them."""
+    words = [_letters(word) for word in name.split()]
+    ends = range(len(words) + 1)
+    return {"".join(words[i:j]) for i in ends for j in ends if i < j}
+
+
 def card_of(device_name: str, arch: str) -> str | None:
     """Which of :data:`CARD_NAMES` a device is; ``None`` if it is none of them.
 
