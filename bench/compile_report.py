@@ -131,6 +131,7 @@ def work_of(chosen: Sequence[Variant], targets: Sequence[str]) -> list[tuple[Var
         for variant in chosen
         for target in targets
         if not (variant.product and variant.product.bulk) or target in COPY_ENGINES
+        if not variant.targets or target in variant.targets
     ]
 
 

@@ -60,6 +60,7 @@ class Variant:
         product: ``None`` where no matrices are multiplied.
         wide: accesses of 16 bytes that there are at least on NVIDIA's cards, ``narrow`` the others
             at most; ``None``: not asked for.
+        targets: architectures whose cards take it; none: all do.
     """
 
     op: str
@@ -70,6 +71,7 @@ class Variant:
     product: Product | None = None
     wide: int | None = None
     narrow: int = 0
+    targets: tuple[str, ...] = ()
 
 
 def variants() -> list[Variant]:
@@ -83,8 +85,10 @@ def variants() -> list[Variant]:
         *_bsr_convert(),
     ):
         key = repr((variant.op, variant.launch))
-        rows = found[key].rows if key in found else ()
-        found[key] = replace(found.get(key, variant), rows=rows + variant.rows)
+        if (first := found.get(key)) is not None:
+            both = first.targets + variant.targets if first.targets and variant.targets else ()
+            variant = replace(first, rows=first.rows + variant.rows, targets=both)
+        found[key] = variant
     return list(found.values())
 
 
@@ -255,24 +259,31 @@ def _bsr_linear() -> Iterator[Variant]:
         yield from _bsr_product("fwd", torch.float16, (64, 64), tile.BLOCK_M, tile)
     for which in ("dx", "dvalues"):
         yield from _bsr_product(which, torch.float16, (64, 64), 512)
-    for (which, block, dtype, tile), rows in _named_by_tables().items():
-        yield from _bsr_product(which, dtype, block, rows, tile)
+    for (which, block, dtype, tile), (rows, targets) in _named_by_tables().items():
+        for variant in _bsr_product(which, dtype, block, rows, tile):
+            yield replace(variant, targets=targets)
 
 
-def _named_by_tables() -> dict[tuple[str, tuple[int, int], torch.dtype, tiles.BsrTile], int]:
-    """Pass, block, dtype and tile that tables which ship name of ``bsr_linear``, and rows."""
-    found = {}
+_Named = tuple[str, tuple[int, int], torch.dtype, tiles.BsrTile]
+
+
+def _named_by_tables() -> dict[_Named, tuple[int, tuple[str, ...]]]:
+    """Tiles of ``bsr_linear`` that tables which ship name: the most rows, and the architectures.
+
+    On others a compiler may refuse them, and no table names them there.
+    """
+    found: dict[_Named, tuple[int, tuple[str, ...]]] = {}
     for table in records.tables():
         for entry in table.entries.values():
             key = entry["key"]
             op, _, which = key["op"].partition(" ")
-            if op != "bsr_linear":
-                continue
             named = candidates.named(key["op"], key["impl"], False).get(entry["candidate"])
-            if named is not None and named.tile is not None:
+            if op == "bsr_linear" and named is not None and named.tile is not None:
                 bn, bk = map(int, key["block"].split("x"))
                 launch = which, (bn, bk), getattr(torch, key["dtype"]), named.tile
-                found[launch] = max(key["rows"], found.get(launch, 0))
+                rows, targets = found.get(launch, (0, ()))
+                targets = tuple(dict.fromkeys((*targets, table.architecture)))
+                found[launch] = max(key["rows"], rows), targets
     return found
 
 

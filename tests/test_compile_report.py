@@ -52,24 +52,37 @@ def test_every_op_that_ships_is_there():
 @pytest.mark.compiles
 def test_tiles_that_tables_name_are_compiled_for_the_blocks_they_are_named_for():
     """A tile is cut to the block, and what is cut is another kernel."""
-    launched = {(v.op, repr(v.launch)) for v in variants()}
+    launched = {(v.op, repr(v.launch)): v.targets for v in variants()}
     seen = set()
     for table in records.tables():
         for entry in table.entries.values():
             key = entry["key"]
-            tile = candidates.named(key["op"], "triton", False)[entry["candidate"]].tile
-            if tile is None or not key["op"].startswith("bsr_linear"):
-                continue
+            named = candidates.named(key["op"], "triton", False).get(entry["candidate"])
+            if named is None or named.tile is None or not key["op"].startswith("bsr_linear"):
+                continue  # what reasoning takes, or the library's product
+            tile = named.tile
             which, block = key["op"].split()[1], [int(side) for side in key["block"].split("x")]
             dtype, rows = getattr(torch, key["dtype"]), key["rows"]
-            if (which, *block, dtype, tile) in seen:
+            if (launched_for := (table.architecture, which, *block, dtype, tile)) in seen:
                 continue
-            seen.add((which, *block, dtype, tile))
+            seen.add(launched_for)
             launch, *_ = bsr_linear_launches(
                 which, dtype, (block[0], block[1]), rows, SIZE, SIZE, SIZE, tile
             )
-            assert (key["op"], repr(launch)) in launched, entry
+            targets = launched[key["op"], repr(launch)]
+            assert not targets or table.architecture in targets, entry
     assert seen
+
+
+def test_a_tile_is_compiled_for_the_cards_that_take_it(monkeypatch):
+    asked = []
+    monkeypatch.setattr(compile_report, "_measured", lambda work, jobs: asked.extend(work) or [])
+    everywhere, somewhere = (
+        Variant("op", name, "tile", LAUNCH, targets=targets)
+        for name, targets in (("a", ()), ("b", ("sm_90",)))
+    )
+    compile_report.report([everywhere, somewhere], ["sm_80", "sm_90"], jobs=1)
+    assert asked == [(everywhere, "sm_80"), (everywhere, "sm_90"), (somewhere, "sm_90")]
 
 
 @pytest.mark.compiles
