@@ -7,18 +7,21 @@ as it was measured on the card or predicted for it.
 from __future__ import annotations
 
 import json
+import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sgtriton_kernels._triton import version
 from sgtriton_kernels.candidate import ANALYTIC
 from sgtriton_kernels.lookup import analytic
-from sgtriton_kernels.records import source
+from sgtriton_kernels.records import key_text, read_json, source
 
 from .files import replace_file
 from .tune_report import Tuned
+
+_MOST_BYTES = 1 << 24  # of a table; a longer file is none
 
 
 def make_table(
@@ -49,16 +52,70 @@ def make_table(
 
 
 def measured_entries(rows: Iterable[Tuned]) -> list[dict[str, Any]]:
-    """An entry for each product that was timed and is not computed as reasoning has it."""
-    entries = {}
+    """An entry for each product that was timed and is not computed as reasoning has it.
+
+    And for those near them that are, see :func:`with_stops`.
+    """
+    entries, reasoned = {}, []
     for row in rows:
-        by_reason = row.choice.candidate == analytic(row.cell).candidate
-        if row.status in ("kept", "changed") and not by_reason:
-            key, gain = row.cell.key(), min(row.gain, 1e3)  # infinite where reasoning was wrong
+        if row.status not in ("kept", "changed"):
+            continue
+        key, gain = row.cell.key(), min(row.gain, 1e3)  # infinite where reasoning was wrong
+        if row.choice.candidate == analytic(row.cell).candidate:
+            entries.pop(key_text(key), None)
+            reasoned.append(key)
+        else:
             name = row.choice.candidate.name
-            entries[json.dumps(key)] = {"key": key, "candidate": name, "gain": round(gain, 2)}
-    assert all(entry["candidate"] != ANALYTIC for entry in entries.values())
-    return [*entries.values()]
+            entries[key_text(key)] = {"key": key, "candidate": name, "gain": round(gain, 2)}
+    return with_stops([*entries.values()], reasoned)
+
+
+def with_stops(
+    entries: Sequence[Mapping[str, Any]], reasoned: Iterable[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """The entries, and those that keep a lookup from taking the entry of other numbers of rows.
+
+    A lookup asks the neighbouring buckets of rows where a product's own is not in the table, so
+    that a product which reasoning serves best needs an entry that says so where they have one.
+
+    Args:
+        reasoned: keys of the products that nothing else serves faster.
+    """
+    taken = {key_text(entry["key"]) for entry in entries}
+    stops = {
+        key_text(key): {"key": dict(key), "candidate": ANALYTIC, "gain": 1.0}
+        for key in reasoned
+        if key_text(key) not in taken and any(key_text(near) in taken for near in _neighbours(key))
+    }
+    return [*map(dict, entries), *stops.values()]
+
+
+def _neighbours(key: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The keys that a lookup may take instead."""
+    return (dict(key) | {"rows": rows} for rows in (key["rows"] // 2, 2 * key["rows"]))
+
+
+def products_held(path: Path, name: str) -> int:
+    """How many products the predicted table of a card that a file holds was ranked for.
+
+    Returns:
+        0 where there is no file.
+
+    Raises:
+        ValueError: the file holds something else, which nobody wants to lose.
+    """
+    if not os.path.lexists(path):
+        return 0
+    table = read_json(path, _MOST_BYTES)
+    if not isinstance(table, dict) or not isinstance(table.get("entries"), list):
+        raise ValueError(f"out must be a new file or a table of choices, got {str(path)!r}")
+    is_of, ranked = (table.get("card"), table.get("status")), table.get("ranked")
+    if is_of != (name, "predicted") or type(ranked) is not int:
+        raise ValueError(
+            f"out must be a new file or a predicted table of {name}, got {str(path)!r}, which is "
+            f"the table of {is_of[0]!r}, {is_of[1]!r}"
+        )
+    return ranked
 
 
 def write_table(path: Path, table: Mapping[str, Any]) -> None:
@@ -69,8 +126,9 @@ def write_table(path: Path, table: Mapping[str, Any]) -> None:
     """
     head = {name: value for name, value in table.items() if name != "entries"}
     lines = [f" {json.dumps(name)}: {json.dumps(value)}," for name, value in head.items()]
-    entries = ",\n".join(f"  {json.dumps(entry)}" for entry in table["entries"])
-    text = "\n".join(["{", *lines, ' "entries": [', entries, " ]", "}"]) + "\n"
+    *most, last = [f"  {json.dumps(entry)}" for entry in table["entries"]] or [""]
+    entries = [*(f"{entry}," for entry in most), *filter(None, [last])]
+    text = "\n".join(["{", *lines, ' "entries": [', *entries, " ]", "}"]) + "\n"
     replace_file(path, text.encode())
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
-from sgtriton_kernels.cards import CARD_NAMES
+from sgtriton_kernels.cards import CARD_NAMES, named_card
 from sgtriton_kernels.cell import Cell
+from sgtriton_kernels.lookup import BELIEVED
 
 from .block_choice import BLOCKS, BlockChoice, choose_block, where_of
-from .choice_table import file_name, write_table
+from .choice_table import file_name, products_held, write_table
 from .options import (
     BLOCK,
     DTYPES,
@@ -22,11 +24,18 @@ from .options import (
     refuse,
     share,
 )
-from .predicted import KEPT, open_at_random, predict_cells, shown, table_of, usual_cells
+from .predicted import (
+    PredictInterrupted,
+    open_at_random,
+    predict_cells,
+    shown,
+    table_of,
+    usual_cells,
+)
 from .progress import Progress
 from .tables import format_table, print_text, terminal_width
 
-_OK = 0
+_OK, _INTERRUPTED = 0, 130
 _DTYPE = "bfloat16"
 
 # options that mean nothing where something is timed
@@ -40,7 +49,7 @@ def add_arguments(group: argparse._ArgumentGroup) -> None:
         metavar="NAME",
         help="compile and rank for a card that need not be here, and write a table marked "
         "predicted, of --shapes or else of usual layers; one of "
-        f"{', '.join(CARD_NAMES)}",
+        f"{', '.join(CARD_NAMES)}, in short if that is clear (h100); with --blocks cpu, too",
     )
     group.add_argument("--out", metavar="FILE", help="of --card; default: its name with .json")
     group.add_argument(
@@ -56,13 +65,10 @@ def run(arguments: argparse.Namespace, seconds: float) -> int:
     asked = "blocks" if arguments.blocks else "card"
     refuse(arguments, asked, dict.fromkeys(("checkpoint", "rows", "device"), "give --shapes"))
     refuse(arguments, asked, dict.fromkeys(("explain", "again", "train"), "nothing is timed"))
-    where = where_of(arguments.card, torch.device("cpu"))
     if arguments.blocks:
-        return _blocks(arguments, where)
+        return _blocks(arguments, where_of(arguments.card, torch.device("cpu")))
     refuse(arguments, "card", {"target": ALONE["target"]})
-    if where == "cpu":
-        raise ValueError(f"card must be one of {', '.join(CARD_NAMES)}, got 'cpu'")
-    return _table(arguments, where, seconds)
+    return _table(arguments, named_card(arguments.card), seconds)
 
 
 def _dtype(arguments: argparse.Namespace, default: str) -> torch.dtype:
@@ -75,20 +81,49 @@ def _table(arguments: argparse.Namespace, where: str, seconds: float) -> int:
     out = Path(arguments.out or file_name(where))
     if not out.parent.is_dir() or out.is_dir():
         raise ValueError(f"out must be a file in a folder that exists, got {str(out)!r}")
+    held = products_held(out, where)
+    _check_holds_no_more(out, held, len(cells))
+    left_out: list[str] = []
+    code = _OK
     with Progress(f"compile for {where}", len(cells)) as bar:
-        found = predict_cells(where, cells, seconds, lambda done, count, note: bar.show(done, note))
-    write_table(out, table_of(where, found))
-    headers, rows = shown(found)
-    print(f"{where}: predicted, not measured\n")
-    print(format_table(headers, rows, width=terminal_width()))
+        try:
+            found = predict_cells(
+                where, cells, seconds, lambda done, _, note: bar.show(done, note), left_out.append
+            )
+        except PredictInterrupted as stop:
+            found, code = stop.found, _INTERRUPTED
+    if code == _INTERRUPTED:
+        print("sgtriton: interrupted", file=sys.stderr)
+    if found:
+        print(f"{where}: predicted, not measured\n")
+        headers, rows = shown(found)
+        print(format_table(headers, rows, width=terminal_width()))
     dropped = {name: why for product in found for name, why in product.dropped.items()}
-    for name, why in dropped.items():
-        print_text(f"{name} is skipped: {why}")
-    if len(found) < len(cells):
-        print_text(f"{len(found)} of {len(cells)} products were reached in {seconds:g} s")
-    gaining = sum(product.gain >= KEPT for product in found)
-    print_text(f"wrote {out}: {gaining} of {len(found)} products gain {KEPT - 1:.0%} or more")
-    return _OK
+    for text in (*left_out, *(f"{name} is skipped: {why}" for name, why in dropped.items())):
+        print_text(text)
+    if not found:
+        if code == _INTERRUPTED:
+            return code
+        raise ValueError(
+            f"none of {len(cells)} products was ranked in {seconds:g} s, so that nothing is "
+            "written" + ("" if left_out else "; give more --seconds")
+        )
+    if len(found) < len(cells) and code == _OK:
+        print_text(f"{len(found)} of {len(cells)} products were ranked in {seconds:g} s")
+    _check_holds_no_more(out, held, len(found))
+    write_table(out, table_of(where, found))
+    gaining = sum(product.gain >= BELIEVED for product in found)
+    print_text(f"wrote {out}: {gaining} of {len(found)} products gain {BELIEVED - 1:.0%} or more")
+    return code
+
+
+def _check_holds_no_more(out: Path, held: int, ranked: int) -> None:
+    """Raise ``ValueError`` where a table would be replaced by one of fewer products."""
+    if held > ranked:
+        raise ValueError(
+            f"out must be another file: the table {str(out)!r} is of {held} products, these are "
+            f"{ranked}"
+        )
 
 
 def _cells(arguments: argparse.Namespace) -> list[Cell]:

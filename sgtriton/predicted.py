@@ -16,10 +16,10 @@ from sgtriton_kernels.candidate import ANALYTIC
 from sgtriton_kernels.candidates import candidates
 from sgtriton_kernels.cards import card
 from sgtriton_kernels.cell import Cell
-from sgtriton_kernels.lookup import analytic
+from sgtriton_kernels.lookup import BELIEVED, analytic
 
-from .choice_table import make_table
-from .compilers import Compilers
+from .choice_table import make_table, with_stops
+from .compilers import NO_TIME, Compilers
 from .cross_compile import COPY_ENGINES
 from .offline import Ranked, rank
 from .roofline import at_sparsity
@@ -31,7 +31,6 @@ SHAPES = ((1024, 1024), (4096, 4096), (14336, 4096), (4096, 14336))
 BLOCKS = (16, 32, 64, 128)
 SPARSITIES = (0.5, 0.8, 0.95)
 ROWS = (1, 4, 16, 64, 256, 1024, 4096)
-KEPT = 1.1  # times as fast as reasoning, from which on an entry is worth its place in a table
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class Predicted:
         cell: the product.
         best: the candidate that should be fastest.
         reasoned: seconds of what is taken without a table.
-        dropped: candidates that the card's compiler refuses or that no time was left for, and why.
+        dropped: candidates that the card's compiler refuses, and why.
     """
 
     cell: Cell
@@ -55,6 +54,18 @@ class Predicted:
         """How much faster the best one should be than what is taken without a table."""
         assert self.best.seconds is not None
         return self.reasoned / self.best.seconds
+
+
+class PredictInterrupted(KeyboardInterrupt):
+    """A ranking was interrupted from the keyboard.
+
+    Attributes:
+        found: the products that it had ranked until then.
+    """
+
+    def __init__(self, found: list[Predicted]):
+        super().__init__("interrupted while ranking")
+        self.found = found
 
 
 def open_at_random(cell: Cell, sparsity: float) -> Cell:
@@ -81,39 +92,51 @@ def predict_cells(
     cells: Iterable[Cell],
     seconds: float = float("inf"),
     progress: Callable[[int, int, str], None] | None = None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> list[Predicted]:
     """Compile and rank the candidates of some products for a card.
 
     Args:
         card_name: one of :data:`.CARD_NAMES`.
         cells: the products, as :class:`.Cell` of Triton's kernels.
-        seconds: to spend, at the most; products that are not reached are left out.
+        seconds: to spend, at the most; products that are not reached are left out, and so is one
+            of whose candidates some are not.
         progress: called with how many are done, how many there are, and the next one.
+        say: gets a line for each product that is left out though it was reached.
 
     Raises:
         ValueError: an unknown card; a Triton that cannot compile for it.
+        PredictInterrupted: a ``KeyboardInterrupt``; has what was found until then.
     """
     on, end = card(card_name), time.monotonic() + seconds
     work, found = list(cells), []
-    with Compilers() as compilers:
-        for done, cell in enumerate(work):
-            if progress is not None:
-                progress(done, len(work), f"M {cell.M}, weight {cell.N}x{cell.K}")
-            if time.monotonic() > end:
-                break
-            reasoned = analytic(cell).candidate
-            others = [c for c in candidates(cell, on.arch in COPY_ENGINES) if c != reasoned]
-            ranked = rank(card_name, cell, [reasoned, *others], compilers, _finite(end))
-            dropped = {r.candidate.name: r.dropped for r in ranked if r.dropped is not None}
-            own = next(r for r in ranked if r.candidate == reasoned)
-            if own.seconds is None:  # it ran out of time, or the card cannot run it
+    try:
+        with Compilers() as compilers:
+            for done, cell in enumerate(work):
+                label = f"M {cell.M}, weight {cell.N}x{cell.K}"
+                if progress is not None:
+                    progress(done, len(work), label)
                 if time.monotonic() > end:
                     break
-                raise ValueError(f"{card_name}: {reasoned.name} cannot be taken: {own.dropped}")
-            best = ranked[0]
-            if best.seconds == own.seconds:
-                best = own
-            found.append(Predicted(cell, best, own.seconds, dropped))
+                reasoned = analytic(cell).candidate
+                others = [c for c in candidates(cell, on.arch in COPY_ENGINES) if c != reasoned]
+                ranked = rank(card_name, cell, [reasoned, *others], compilers, _finite(end))
+                late = sum(r.dropped == NO_TIME for r in ranked)
+                if late:  # the fastest may be among those
+                    if late < len(ranked):
+                        count = f"{late} of {len(ranked)} candidates"
+                        say(f"{label} is left out: no time was left to compile {count}")
+                    break
+                own = next(r for r in ranked if r.candidate == reasoned)
+                if own.seconds is None:
+                    why = f"{reasoned.name}, which reasoning takes, is refused: {own.dropped}"
+                    say(f"{label} is left out: {why}")
+                    continue
+                best = own if ranked[0].seconds == own.seconds else ranked[0]
+                dropped = {r.candidate.name: r.dropped for r in ranked if r.dropped is not None}
+                found.append(Predicted(cell, best, own.seconds, dropped))
+    except KeyboardInterrupt:
+        raise PredictInterrupted(found) from None
     if progress is not None:
         progress(len(work), len(work), "")
     return found
@@ -128,16 +151,16 @@ def table_of(card_name: str, found: Sequence[Predicted]) -> dict[str, Any]:
 
     What is predicted of a random pattern is said of even and of uneven ones: it is all there is.
     """
-    entries = [
-        {
-            "key": p.cell.key() | {"balance": balance},
-            "candidate": p.best.candidate.name,
-            "gain": round(p.gain, 2),
-        }
-        for p in found
-        if p.gain >= KEPT
-        for balance in ("even", "uneven")
-    ]
+    entries, reasoned = [], []
+    for p in found:
+        for balance in ("even", "uneven"):
+            key = p.cell.key() | {"balance": balance}
+            if p.gain >= BELIEVED:
+                name = p.best.candidate.name
+                entries.append({"key": key, "candidate": name, "gain": round(p.gain, 2)})
+            else:
+                reasoned.append(key)
+    entries = with_stops(entries, reasoned)
     facts = {"ranked": len(found)}
     return make_table(card_name, card(card_name).arch, "predicted", entries, facts)
 

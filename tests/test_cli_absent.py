@@ -81,6 +81,8 @@ def test_blocks_that_pay(capsys):
     lines = [line.split() for line in text.splitlines() if "," in line]
     assert lines[-1][-1] == "16x16"
     assert "-" in lines[-1]  # 20 outputs have no block of 32
+    assert main([*arguments, "--card", "a100"]) == 0
+    assert capsys.readouterr().out == text
     assert main(arguments) == 0
     assert capsys.readouterr().out.startswith("cpu: expected by the cost model")
 
@@ -88,8 +90,10 @@ def test_blocks_that_pay(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--card H300 --shapes 1x64x64", "card must be one of cpu, .*H100 SXM.*, got 'H300'"),
-        ("--card cpu --shapes 1x64x64", "card must be one of .*, got 'cpu'"),
+        ("--card H300 --shapes 1x64x64", "card must be one of A100.*H100 SXM.*, got 'H300'"),
+        ("--card RTX --shapes 1x64x64", "card must be one of RTX 4090, RTX 5090: 'RTX' may be"),
+        ("--blocks --card H300 --shapes 1x64x64", "card must be one of cpu, A100.*, got 'H300'"),
+        ("--card cpu --shapes 1x64x64", "card must be one of A100 SXM 80GB, .*, got 'cpu'"),
         ("--card A10 --block 32x32", "block does not go with --card: give --shapes"),
         ("--blocks", "--blocks needs --shapes"),
         ("--blocks --shapes 1x64x64", "--blocks needs --target"),
@@ -120,3 +124,83 @@ def test_bad_options_are_said_in_a_line(arguments, message, capsys, monkeypatch,
     assert re.search(message, printed.err), printed.err
     assert len(printed.err.splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_a_weight_that_is_too_small_for_blocks_has_no_speedups(capsys):
+    """It was 1.00x, break-even at 50 %: what rounding to no block at all gives."""
+    arguments = ["tune", "--blocks", "--card", "A10", "--shapes", "16x8x8", "--target", "0.9"]
+    assert main(arguments) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("8, 8")]
+    assert line.split() == ["8,", "8", "16", *"-----", "16x16"]
+
+
+SHAPES = "16x4096x4096,128x4096x4096"
+
+
+def tabulate(out, *more, shapes=SHAPES, card="h100"):
+    return main(["tune", "--card", card, "--shapes", shapes, "--out", str(out), *more])
+
+
+def test_a_ranking_that_reached_nothing_writes_nothing(tmp_path, capsys, monkeypatch):
+    """It replaced the table that was there with an empty one, and ended well."""
+    monkeypatch.setattr(cli_absent, "predict_cells", lambda *a: [])
+    out = tmp_path / "t.json"
+    assert tabulate(out, "--seconds", "3") == 2
+    printed = capsys.readouterr()
+    assert "none of 2 products was ranked in 3 s, so that nothing is written" in printed.err
+    assert not [*tmp_path.iterdir()]
+    assert not printed.out
+
+
+def test_a_table_of_more_products_is_not_replaced(ranked, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "t.json"
+    assert tabulate(out) == 0
+    before = out.read_bytes()
+    assert tabulate(out) == 0  # as many are
+    assert tabulate(out, shapes="1x4096x4096") == 2  # nothing is compiled in vain
+    assert "another file: the table" in capsys.readouterr().err
+    real = predicted.predict_cells
+    monkeypatch.setattr(cli_absent, "predict_cells", lambda on, cells, *a: real(on, cells[:1]))
+    assert tabulate(out, "--seconds", "9") == 2
+    printed = capsys.readouterr()
+    assert "is of 2 products, these are 1" in printed.err
+    assert "1.33x" in printed.out  # what was ranked is shown
+    assert out.read_bytes() == before
+    assert tabulate(tmp_path / "other.json", "--seconds", "9") == 0
+    assert "1 of 2 products were ranked in 9 s" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["", "my notes", "[]", '{"entries": []}'])
+def test_a_file_that_is_no_table_is_never_overwritten(text, ranked, tmp_path, capsys):
+    out = tmp_path / "notes"
+    out.write_text(text)
+    assert tabulate(out) == 2
+    assert "out must be a new file or a" in capsys.readouterr().err
+    assert out.read_text() == text
+
+
+def test_a_table_of_another_card_is_not_overwritten(ranked, tmp_path, capsys):
+    out = tmp_path / "t.json"
+    assert tabulate(out) == 0
+    before = out.read_bytes()
+    assert tabulate(out, card="a10") == 2
+    assert "a predicted table of A10" in capsys.readouterr().err
+    assert out.read_bytes() == before
+
+
+def test_an_interrupted_ranking_writes_what_it_has(ranked, tmp_path, capsys, monkeypatch):
+    plain = predicted.rank
+
+    def rank(name, cell, *more):
+        if cell.M == 128:
+            raise KeyboardInterrupt
+        return plain(name, cell, *more)
+
+    monkeypatch.setattr(predicted, "rank", rank)
+    out = tmp_path / "t.json"
+    assert tabulate(out) == 130
+    assert json.loads(out.read_text())["ranked"] == 1
+    assert "interrupted" in capsys.readouterr().err
+    out.unlink()
+    assert tabulate(out, shapes="128x4096x4096") == 130
+    assert not out.exists()

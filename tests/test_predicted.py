@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import random
 import time
 
@@ -9,17 +10,24 @@ import pytest
 import torch
 from sgtriton_kernels import lookup, records
 from sgtriton_kernels._triton import version
-from sgtriton_kernels.candidate import UNPACK
+from sgtriton_kernels.candidate import ANALYTIC, UNPACK
 from sgtriton_kernels.candidates import candidates
 from sgtriton_kernels.cards import CARD_NAMES, card
 from sgtriton_kernels.cell import Cell
 from sgtriton_kernels.lookup import analytic, choose
 
 from sgtriton import predicted
-from sgtriton.choice_table import file_name, write_table
+from sgtriton.choice_table import file_name, measured_entries, products_held, write_table
 from sgtriton.compilers import NO_TIME
 from sgtriton.offline import Ranked
-from sgtriton.predicted import Predicted, predict_cells, table_of, usual_cells
+from sgtriton.predicted import (
+    Predicted,
+    PredictInterrupted,
+    predict_cells,
+    table_of,
+    usual_cells,
+)
+from sgtriton.tune_report import Tuned
 
 CELL = Cell("bsr_linear fwd", "triton", 64, 1024, 2048, (64, 64), 100, torch.bfloat16)
 REASONED = analytic(CELL).candidate
@@ -157,15 +165,33 @@ def test_what_is_no_faster_than_reasoning_gains_nothing(others, ranking):
     assert table_of("H200", [found])["entries"] == []
 
 
-def test_a_card_that_cannot_run_what_reasoning_takes_is_refused(ranking):
-    ranking(lambda cell, candidate: "8 bytes spilled" if candidate == REASONED else 1e-5)
-    text = f"A10: {REASONED.name} cannot be taken: 8 bytes spilled"
-    with pytest.raises(ValueError, match=text):
-        predict_cells("A10", [CELL])
-    with pytest.raises(ValueError, match=text):
-        predict_cells("A10", [CELL], seconds=600)
+def test_a_product_whose_own_tile_a_card_refuses_is_left_out_with_a_line(ranking):
+    """It was an error, and what had been ranked until then was lost."""
+    cells, said = with_rows(64, 63, 62), []
+    refused = analytic(cells[1]).candidate
+    ranking(
+        lambda cell, candidate: "8 bytes spilled" if candidate == refused and cell.M == 63 else 1e-5
+    )
+    for seconds in (float("inf"), 600):
+        found = predict_cells("A10", cells, seconds, say=said.append)
+        assert [p.cell for p in found] == [cells[0], cells[2]]
+    text = f"M 63, weight 1024x2048 is left out: {refused.name}, which reasoning takes, is refused"
+    assert said == [f"{text}: 8 bytes spilled"] * 2
     with pytest.raises(ValueError, match="no card is named 'H300'"):
         predict_cells("H300", [])
+
+
+def test_an_interrupt_keeps_what_was_ranked(ranking):
+    def say(cell, candidate):
+        if cell.M == 62:
+            raise KeyboardInterrupt
+        return 1e-5
+
+    ranking(say)
+    cells = with_rows(64, 63, 62, 61)
+    with pytest.raises(PredictInterrupted) as stop:
+        predict_cells("A10", cells)
+    assert [p.cell for p in stop.value.found] == cells[:2]
 
 
 def test_products_that_there_is_no_time_for_are_left_out(ranking, monkeypatch):
@@ -176,14 +202,16 @@ def test_products_that_there_is_no_time_for_are_left_out(ranking, monkeypatch):
         now[0] += 1 / len({REASONED, *candidates(cell, True)})
         return NO_TIME if now[0] > 102.5 else 1e-5
 
-    asked, cells, seen = ranking(say), with_rows(64, 63, 62, 61), []
-    found = predict_cells("H200", cells, 2.5, lambda *a: seen.append(a))
+    asked, cells, seen, said = ranking(say), with_rows(64, 63, 62, 61), [], []
+    found = predict_cells("H200", cells, 2.5, lambda *a: seen.append(a), said.append)
     # of the third one some candidates were compiled, reasoning's own among them
-    assert [p.cell for p in found] == [a[1] for a in asked] == cells[:3]
+    assert [a[1] for a in asked] == cells[:3]
+    assert [p.cell for p in found] == cells[:2]
     assert found[0].dropped == found[1].dropped == {}
-    assert {*found[2].dropped.values()} == {NO_TIME}
+    (line,) = said
+    assert line.startswith("M 62, weight 1024x2048 is left out: no time was left to compile ")
     assert {a[3] for a in asked} == {102.5}
-    assert [s[:2] for s in seen] == [(0, 4), (1, 4), (2, 4), (3, 4), (4, 4)]
+    assert [s[:2] for s in seen] == [(0, 4), (1, 4), (2, 4), (4, 4)]
     assert seen[0][2] == "M 64, weight 1024x2048"
     now[0] = 103.0
     assert predict_cells("H200", cells, -1) == []
@@ -220,6 +248,49 @@ def test_a_table_holds_what_gains_a_tenth():
     }  # fmt: skip
     with pytest.raises(ValueError, match="no card is named 'H300'"):
         table_of("H300", found)
+
+
+def test_a_product_that_reasoning_serves_best_does_not_take_a_neighbours_tile(folder, on_card):
+    """Ranked for 64 rows reasoning was the fastest; a call of 64 rows took the entry of 32."""
+    own, near, far, alone = with_rows(64, 32, 512, 2048)
+    found = [of(3.0, near), of(1.05, own), of(1.05, far), of(2.0, alone)]
+    table = table_of("H200", found)
+    # no more than what is asked: nothing lies within a factor of 2 of the third
+    assert [(e["key"]["rows"], e["candidate"], e["gain"]) for e in table["entries"]] == [
+        *[(32, OTHER.name, 3.0)] * 2, *[(2048, OTHER.name, 2.0)] * 2, *[(64, ANALYTIC, 1.0)] * 2,
+    ]  # fmt: skip
+    ship(folder, "H200", *found)
+    cuda = torch.device("cuda")
+    assert choose(near, cuda).candidate == OTHER
+    for m in (64, 63, 33):
+        cell = dataclasses.replace(CELL, M=m)
+        taken = choose(cell, cuda)
+        assert (taken.candidate, taken.source) == (analytic(cell).candidate, "predicted")
+        assert taken.reasons.startswith("predicted for H200: nothing else is faster; ")
+    ship(folder, "H200", of(3.0, near))
+    assert choose(own, cuda).candidate == OTHER  # nothing is known of it
+
+
+def test_what_was_measured_to_be_best_by_reasoning_is_not_a_neighbours_either():
+    def row(cell, candidate, status="kept"):
+        return Tuned("", cell, status, lookup.Choice(candidate, "cache", ""), 1.5, 1.0)
+
+    own, near, far = with_rows(64, 128, 1024)
+    rows = [row(own, REASONED), row(near, OTHER), row(far, analytic(far).candidate)]
+    found = [(e["key"]["rows"], e["candidate"]) for e in measured_entries(rows)]
+    assert found == [(128, OTHER.name), (64, ANALYTIC)]
+    rows = [row(own, REASONED, "not reached"), row(near, OTHER)]
+    assert [e["key"]["rows"] for e in measured_entries(rows)] == [128]
+
+
+def test_products_that_shipped_tables_were_ranked_for_take_their_own_entry_or_reasoning():
+    records.tables.cache_clear()
+    for table in records.tables():
+        for cell in usual_cells():
+            for balance in ("even", "uneven"):
+                keys = [cell.key(rows) | {"balance": balance} for rows in cell.near_rows()]
+                held = [records.key_text(key) in table.entries for key in keys]
+                assert held[0] or not any(held), (table.card, keys[0])
 
 
 def test_cards_have_files_of_their_own():
@@ -329,3 +400,30 @@ def test_a_product_is_compiled_and_ranked_for_a_card_that_is_absent(name, folder
     names = [entry["candidate"] for entry in shipped()[name].values()]
     assert names == [found.best.candidate.name] * 2
     assert card(name).arch == json.loads((folder / file_name(name)).read_text())["architecture"]
+
+
+@pytest.mark.parametrize("gains", [(), (1.5,), (1.5, 2.0)], ids=len)
+def test_a_written_table_has_no_blank_line(gains, tmp_path):
+    found = [of(gain, cell) for gain, cell in zip(gains, with_rows(64, 1024), strict=False)]
+    path, table = tmp_path / "t.json", table_of("A10", found)
+    write_table(path, table)
+    assert json.loads(path.read_text()) == table
+    assert all(line.strip() for line in path.read_text().splitlines())
+
+
+def test_only_a_predicted_table_of_the_card_counts_as_one(tmp_path):
+    path, table = tmp_path / "t.json", table_of("A10", [of(1.0)])
+    assert products_held(path, "A10") == 0
+    write_table(path, table)
+    assert products_held(path, "A10") == 1
+    for change in ({"card": "H200"}, {"status": "measured"}, {"ranked": "1"}, {"ranked": True}):
+        write_table(path, table | change)
+        with pytest.raises(ValueError, match="must be a new file or a predicted table of A10"):
+            products_held(path, "A10")
+    path.unlink()
+    for make in (lambda: path.write_bytes(b""), lambda: os.mkfifo(path), path.mkdir,
+                 lambda: path.write_text("[1]"), lambda: path.write_text("{")):  # fmt: skip
+        make()
+        with pytest.raises(ValueError, match="must be a new file or a table of choices, got"):
+            products_held(path, "A10")
+        path.rmdir() if path.is_dir() else path.unlink()

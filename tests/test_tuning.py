@@ -261,7 +261,7 @@ def test_table_says_what_is_taken(cache):
 
 def test_file_of_a_record_says_what_was_measured(model, cache):
     tune(model, torch.randn(9, 64), seconds=10)
-    found = [records._read_json(path, 1 << 14) for path in cache.glob("*.json")]
+    found = [records.read_json(path, 1 << 14) for path in cache.glob("*.json")]
     assert found
     for record in found:
         assert record["ms"] > 0

@@ -22,8 +22,9 @@ from .records import cache_folder, file_name, place, read_record, table_entry
 from .shared_memory import fits
 
 _MOST = 4096  # choices that are remembered
-# what is predicted of a candidate must be so much better than reasoning to be believed
-_PREDICTED = 1.1
+# what is predicted of a candidate must be so much better than reasoning to be believed, and to be
+# worth an entry of a table
+BELIEVED = 1.1
 
 
 @dataclass(frozen=True)
@@ -126,16 +127,20 @@ def _look_up(cell: Cell, device: torch.device) -> Choice:
             return Choice(found.candidate, "cache", why)
     if cell.impl == "triton" and not is_native(device):
         entry = table_entry(device, [cell.key(rows) for rows in cell.near_rows()])
-        if entry is not None and (found := _from_table(*entry, known)) is not None:
+        if entry is not None and (found := _from_table(*entry, cell, known)) is not None:
             return found
     return analytic(cell)
 
 
-def _from_table(card: str, entry: dict, known: dict[str, Candidate]) -> Choice | None:
+def _from_table(card: str, entry: dict, cell: Cell, known: dict[str, Candidate]) -> Choice | None:
     status, gain = entry["status"], entry["gain"]
-    if entry["candidate"] not in known or (status == "predicted" and gain < _PREDICTED):
-        return None
     source = "table" if status == "measured" else "predicted"
+    if entry["candidate"] == ANALYTIC:
+        found = analytic(cell)
+        why = f"{status} for {card}: nothing else is faster; {found.reasons}"
+        return Choice(found.candidate, source, why)
+    if entry["candidate"] not in known or (status == "predicted" and gain < BELIEVED):
+        return None
     reasons = f"{status} for {card}: {gain:.2f} times as fast as by reasoning"
     return Choice(known[entry["candidate"]], source, reasons)
 

@@ -50,7 +50,7 @@ def read_record(folder: Path, key: Mapping[str, object]) -> dict[str, Any] | Non
 
     Its candidate is text, which may name nothing.
     """
-    found = _read_json(folder / file_name(key), MOST_BYTES)
+    found = read_json(folder / file_name(key), MOST_BYTES)
     if not isinstance(found, dict) or found.get("format") != FORMAT or found.get("key") != key:
         return None
     # a number may be equal and of another kind
@@ -60,7 +60,7 @@ def read_record(folder: Path, key: Mapping[str, object]) -> dict[str, Any] | Non
     return found if isinstance(found.get("candidate"), str) else None
 
 
-def _read_json(path: Path, most: int) -> Any:
+def read_json(path: Path, most: int) -> Any:
     """What a regular file of up to ``most`` bytes holds, or ``None``."""
     try:
         # not blocking: a pipe of that name would never end
