@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import DTYPES, assert_exact, assert_within_twice, integers, layouts, poisoned
-from sgtriton_kernels import bsr_matmul
+from sgtriton_kernels import bsr_matmul, bsr_torch
 from sgtriton_kernels._impl import use_impl
 from sgtriton_kernels._triton import INTERPRETED, why_not_triton
 from sgtriton_kernels.bsr import BlockSparse
@@ -488,7 +488,7 @@ def test_exported_program_keeps_the_name_of_a_candidate(monkeypatch):
 
     name, program = kept("rows", "torch")
     assert name == "rows"
-    taken, real = [], bsr_matmul.bsr_linear_torch
+    taken, real = [], bsr_torch.bsr_linear_torch
     monkeypatch.setattr(
         bsr_matmul, "bsr_linear_torch", lambda *a: taken.append(a[-1].way) or real(*a)
     )
