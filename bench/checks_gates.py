@@ -18,7 +18,7 @@ from sgtriton_kernels import (
     sum_blocks,
 )
 from sgtriton_kernels.blocks import Block
-from sgtriton_kernels.gated_matmul import why_not_skip
+from sgtriton_kernels.gated_candidates import why_not_skip
 from sgtriton_kernels.kinds import (
     BETA,
     GAMMA,

@@ -10,6 +10,7 @@ from sgtriton_kernels import (
     block_products,
     gate_layout,
     gate_weight,
+    gated_candidates,
     gated_linear,
     gated_linear_ref,
     gated_matmul,
@@ -48,7 +49,7 @@ def methods(impl, layout, kind="threshold"):
         many = max(layout.gate_shape, default=0) > 3 and min(layout.block) > 1
         if INTERPRETED and many:  # it takes a program for each gate
             out.remove("multiply")
-    if not layout.per_weight and (impl == "torch" or gated_matmul.why_not_skip(layout) is None):
+    if not layout.per_weight and (impl == "torch" or gated_candidates.why_not_skip(layout) is None):
         out.append("skip")
     return out
 

@@ -16,7 +16,8 @@ class Candidate:
         tile: of the Triton kernel; ``None`` if another product computes it.
         way: of the ``torch`` implementation: one of :func:`.block_products.multiply`, or
             ``"library"``, the library's own product of such a matrix; ``"unpack"``: the dense
-            weight is filled in, then the library's dense product (both implementations).
+            weight is filled in, then the library's dense product (both implementations). Of a
+            gated layer its method.
         elements: that such a way handles at a time.
     """
 

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import functools
 
-from . import bsr_candidates
+from . import bsr_candidates, gated_candidates
 from .candidate import Candidate
 from .cell import Cell
 
-_OPS = {"bsr_linear": bsr_candidates}
+_OPS = {"bsr_linear": bsr_candidates, "gated_linear": gated_candidates}
 
 
 @functools.cache

@@ -36,13 +36,13 @@ from ._impl import resolve_impl
 from ._operands import is_aligned
 from ._ops import grads_with_graph, is_watched, register_op
 from ._triton import is_native
-from .blocks import Block, GateLayout, expand_gates, fits_kernels, gate_layout
+from .blocks import Block, GateLayout, expand_gates, gate_layout
 from .gate import check_gates, gate_weight, gate_weight_bwd, gate_weight_fwd
 from .gate_bits import open_lists, pack_gates
+from .gated_candidates import METHODS, by_shape, why_not
+from .gated_choice import fuses_long, method_for
 from .gated_product import fused_dw, fused_dx, fused_fwd, skip_dw, skip_dx, skip_fwd
 from .tiles import GatedTile, tile_for_gated_linear
-
-METHODS = ("multiply", "fused", "skip")
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -78,8 +78,10 @@ def gated_linear(
             in eval.
         reopen: whether closed gates get their gradient. ``False``, for ``threshold`` only, leaves
             it 0, and of ``dW`` only open blocks are computed.
-        method: ``"multiply"`` | ``"fused"`` | ``"skip"``; by shape, and on a CPU by the number of
-            open blocks, if ``None``.
+        method: ``"multiply"`` | ``"fused"`` | ``"skip"``; looked up if ``None``: what was measured
+            of such a layer, else by shape, and on a CPU by the number of open blocks. Backward
+            takes what forward took. Calls that are traced look nothing up: their method is by shape
+            and open blocks alone, so that backward finds the same again.
         impl: ``"triton"`` | ``"torch"``; chosen by the device if ``None``.
 
     Returns:
@@ -102,8 +104,11 @@ def gated_linear(
     if method is not None:
         _check_method(method, impl, kind, layout)
     tensors = (x, w, gate, bias, seed if kind != "threshold" else None)
-    static = (*layout.block, kind, reopen, method or "auto", impl)
-    if is_watched(*tensors):
+    watched = is_watched(*tensors)
+    if method is None:
+        method = "auto" if watched else method_for(x, w, gate, layout, kind, reopen, impl)
+    static = (*layout.block, kind, reopen, method, impl)
+    if watched:
         return _gated_linear_op(*tensors, *static)[0]
     return _GatedLinear.apply(*tensors, static)
 
@@ -186,20 +191,10 @@ def _tile(which: str, layout: GateLayout, w: torch.Tensor, *rows: torch.Tensor) 
 
 
 def _choose_triton(method: str, layout: GateLayout, kind: str, x2: torch.Tensor) -> str:
-    """The method: as told, or by shape; reasoned, not measured."""
+    """The method: as told, or by shape, which backward meets again."""
     if method != "auto":
         return method
-    if kind == "hard_concrete":
-        return "multiply"
-    if why_not_skip(layout) is None:
-        return "skip"
-    # above it, what fusing saves is less than what a library's product is faster
-    most = 2048
-    if x2.device.type == "cuda" and torch.cuda.get_device_capability(x2.device)[0] in (9, 10):
-        most = 4096
-    # by what backward is sure to meet again: strides may change on the way (offloaded activations)
-    aligned = all(size % 16 == 0 for size in layout.weight_shape)
-    return "fused" if aligned and len(x2) <= most and x2.dtype != torch.float32 else "multiply"
+    return by_shape(layout, kind, len(x2), x2.dtype, fuses_long(x2.device))[0]
 
 
 def _read_wide(layout: GateLayout, *operands: torch.Tensor) -> bool:
@@ -207,25 +202,10 @@ def _read_wide(layout: GateLayout, *operands: torch.Tensor) -> bool:
     return layout.weight_shape[0] % 16 == 0 and all(map(is_aligned, operands))
 
 
-def why_not_skip(layout: GateLayout) -> str | None:
-    """Why the Triton kernels cannot skip blocks of ``layout``; ``None`` where they can."""
-    sides = zip(layout.block, layout.weight_shape, strict=True)
-    if not fits_kernels(side for side, whole in sides if side < whole):
-        return f"it skips blocks whose sides are powers of two >= 16, not {layout.block}"
-    return "each weight has its own gate" if layout.per_weight else None
-
-
 def _check_method(method: str, impl: str, kind: str, layout: GateLayout) -> None:
     if method not in METHODS:
         raise ValueError(f"method must be None or one of {METHODS}, got {method!r}")
-    reason = None
-    if kind == "hard_concrete" and method != "multiply":
-        reason = "hard_concrete gates are no bits"
-    elif method == "fused" and impl == "torch":
-        reason = "the torch implementation has no such product"
-    elif method == "skip":
-        reason = "each weight has its own gate" if layout.per_weight else None
-        reason = why_not_skip(layout) if impl == "triton" else reason
+    reason = why_not(method, impl, kind, layout)
     if reason:
         raise ValueError(f"method {method!r} cannot be taken: {reason}")
 

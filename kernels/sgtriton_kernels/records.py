@@ -182,6 +182,24 @@ def _torch_version() -> str:
 _SOURCES = {
     ("bsr_linear", "triton"): ("_bf16.py", "_triton.py", "activations.py", "bsr_product.py"),
     ("bsr_linear", "torch"): ("_scratch.py", "block_products.py", "bsr_library.py", "bsr_torch.py"),
+    ("gated_linear", "triton"): (
+        "_bf16.py",
+        "_triton.py",
+        "gate.py",
+        "gate_bits.py",
+        "gated_matmul.py",
+        "gated_product.py",
+        "kinds.py",
+        "tiles.py",
+    ),
+    ("gated_linear", "torch"): (
+        "_scratch.py",
+        "bitmap.py",
+        "block_products.py",
+        "gate_torch.py",
+        "gated_torch.py",
+        "skip_torch.py",
+    ),
 }
 
 
