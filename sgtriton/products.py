@@ -1,4 +1,4 @@
-"""Which products there are to choose candidates for: those that a model's sparse layers compute."""
+"""Which products there are to choose candidates for: those that a model's layers compute."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from sgtriton_kernels.cell import Cell
 from torch import nn
 
 from .bsr_problem import BsrLinearProblem
+from .gated_problem import GatedProduct, gated_products
+from .layers import GatedLinear
 from .problem import Problem
 from .sparse_layers import SparseModule
 
@@ -39,17 +41,20 @@ class Product:
 
 
 @torch.no_grad()
-def products_of(model: nn.Module, example_input: Any) -> list[Product]:
-    """The block-sparse linear layers of a model, and how many rows an input brings to each."""
+def products_of(model: nn.Module, example_input: Any) -> list[Product | GatedProduct]:
+    """The block-sparse and gated linear layers of a model, and how many rows each is brought."""
     rows: dict[str, list[int]] = {}
     dtypes: dict[str, torch.dtype] = {}  # in which it computes, which autocast may say
     hooks = []
     layers = {
         name: layer
         for name, layer in model.named_modules()
-        if isinstance(layer, SparseModule)
-        and layer.dense_type is nn.Linear
-        and not layer.layout.per_weight
+        if isinstance(layer, GatedLinear)
+        or (
+            isinstance(layer, SparseModule)
+            and layer.dense_type is nn.Linear
+            and not layer.layout.per_weight
+        )
     }
 
     def note(name: str) -> Callable[..., None]:
@@ -82,6 +87,9 @@ def products_of(model: nn.Module, example_input: Any) -> list[Product]:
     found = []
     for name, met in rows.items():
         layer, dtype = layers[name], dtypes[name]
+        if isinstance(layer, GatedLinear):
+            found.extend(gated_products(name, layer, dtype, tuple(met)))
+            continue
         if not layer.matrix.nnz:
             continue
         found.append(Product(name, layer.matrix.to(dtype), tuple(met), layer.trainable))
@@ -114,18 +122,20 @@ class Work:
         return f"{name}, M {self.cell.M}" + (f", {which}" if which != "fwd" else "")
 
 
-def work_of(products: Iterable[Product]) -> Iterator[Work]:
-    """The passes that products consist of.
+def work_of(products: Iterable[Product | GatedProduct]) -> Iterator[Work]:
+    """The passes that products consist of; of gated layers steps as a whole.
 
     Raises:
         ValueError: kernels that the interpreter would run.
     """
     for product in products:
+        if isinstance(product, GatedProduct):
+            yield from _steps_of(product)
+            continue
         w = product.matrix
         (n, k), like = w.shape, w.values
         impl = resolve_impl(None, like.device, "tune", why_no_kernel(like.dtype, w.block))
-        if impl == "triton" and INTERPRETED:
-            raise ValueError("interpreted kernels are not tuned: their times say nothing")
+        _check_runs(impl)
         passes = ("fwd", "dx", "dvalues") if product.trains and impl == "triton" else ("fwd",)
         for m in product.rows:
             x, dy = like.new_empty(m, k), like.new_empty(m, n)
@@ -134,3 +144,19 @@ def work_of(products: Iterable[Product]) -> Iterator[Work]:
                 cell = cell_of(which, w, impl, *operands)
                 make = functools.partial(BsrLinearProblem, cell, w)
                 yield Work(product.name, cell, like.device, make)
+
+
+def _steps_of(product: GatedProduct) -> Iterator[Work]:
+    device = product.gate.device
+    unsupported = "fp64 is for the torch implementation"
+    impl = resolve_impl(
+        None, device, "tune", unsupported if torch.float64 in product.dtypes else None
+    )
+    _check_runs(impl)
+    for cell, make in product.problems(impl):
+        yield Work(product.name, cell, device, make)
+
+
+def _check_runs(impl: str) -> None:
+    if impl == "triton" and INTERPRETED:
+        raise ValueError("interpreted kernels are not tuned: their times say nothing")
