@@ -14,7 +14,7 @@ from .blocks import GateLayout
 from .candidates import candidates
 from .gated_cell import FORWARD, STEP, GatedCell, same_density
 from .gated_torch import most_open
-from .lookup import choose, now
+from .lookup import analytic, choose, now
 
 _MOST = 4096  # sizes that are remembered
 _choices = Choices()
@@ -130,11 +130,10 @@ def _plan(cell: GatedCell, layout: GateLayout, device: torch.device) -> str | _P
     methods = []
     for first, last in same_density(cell.nnz):
         # what reasoning gives changes once, from few blocks to many; a record is for all of them
-        ends = {
-            choose(replace(cell, nnz=max(count, 1)), device).candidate.name
-            for count in (first, last)
-        }
-        methods.append((first, ends.pop() if len(ends) == 1 else None))
+        many, few = (replace(cell, nnz=max(count, 1)) for count in (last, first))
+        found = choose(many, device)
+        other = (analytic(few) if found.source == "analytic" else choose(few, device)).candidate
+        methods.append((first, other.name if other == found.candidate else None))
     names = {method for _, method in methods}
     if len(names) == 1 and None not in names:
         return names.pop()
