@@ -10,7 +10,7 @@ from sgtriton_kernels.cell import Cell
 from torch import nn
 
 import sgtriton
-from sgtriton import cold, tuning
+from sgtriton import cold, problem, tuning
 from sgtriton.tuning import Tuned, TuneReport, products_of, tune, tune_products
 
 
@@ -180,7 +180,7 @@ def test_product_that_nothing_computes_rightly_is_not_called_unreached(model, ca
         searched.append(problem)
         return f"wrong in {len(candidate.name)} elements"
 
-    monkeypatch.setattr(tuning.Problem, "wrong", wrong)
+    monkeypatch.setattr(problem.Problem, "wrong", wrong)
     said = []
     report = tune_products(products_of(model, torch.randn(9, 64)), 60, say=said.append)
     assert {row.status for row in report.rows} == {"none right"}
