@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .container import read_file, write_file
-from .file_layers import LONGEST_REASON, check_entry, serve_block, take_stored
+from .container import printable, read_file, write_file
+from .file_layers import LONGEST_REASON, check_entry, serve_block, shown_name, take_stored
 from .layers import GatedModule
 from .patching import Model, leave_fast_paths
 from .planning import Plan, plan_forms
@@ -213,7 +213,7 @@ def _check_layers(
     stored: dict[str, StoredWeight] = {}
     forms: dict[str, dict[str, str] | None] = {}
     for name, entry in description["layers"].items():
-        shown = name or "the model"
+        shown = shown_name(name)
         check_entry(shown, entry)
         if name not in modules:
             raise ValueError(
@@ -223,7 +223,8 @@ def _check_layers(
         dense_type = dense_type_of(layer)
         if dense_type is None or dense_type.__name__ != entry["type"]:
             raise ValueError(
-                f"{shown}: the file holds a {entry['type']}, the model a {type(layer).__name__}"
+                f"{shown}: the file holds a {printable(entry['type'])}, the model a "
+                f"{type(layer).__name__}"
             )
         shape, groups = tuple(entry["shape"]), entry["groups"]
         if shape != weight_shape_of(layer) or groups != getattr(layer, "groups", 1):

@@ -24,6 +24,15 @@ from .files import replace_file
 FORMAT = 1
 _KEY, _KEY_SUM = "sgtriton", "sgtriton_crc32"
 _LARGEST_HEADER = 64 << 20
+_LONGEST_SHOWN = 500  # characters
+
+
+def printable(text: object) -> str:
+    """Text out of a file as an error shows it: what a terminal would obey is escaped."""
+    found = str(text)
+    if len(found) > _LONGEST_SHOWN:
+        found = found[: _LONGEST_SHOWN - 3] + "..."
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in found)
 
 
 def write_file(path: Path, layers: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
@@ -84,20 +93,22 @@ def read_file(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     try:
         tensors = read_container(data)
     except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
-        raise ValueError(f"{path}: truncated or damaged: {error}") from None
+        raise ValueError(f"{path}: truncated or damaged: {printable(error)}") from None
     checksums = description["checksums"]
     if set(tensors) != set(checksums):
         names = sorted(set(tensors) ^ set(checksums))
         raise ValueError(f"{path}: damaged: tensors {names[:5]} are missing or not described")
     for name, tensor in tensors.items():
         if _checksum(tensor) != checksums[name]:
-            raise ValueError(f"{path}: damaged: {name} has another checksum than the file states")
+            raise ValueError(
+                f"{path}: damaged: {printable(name)} has another checksum than the file states"
+            )
     aliases = {}
     for alias, name in description["same_as"].items():
         if not isinstance(name, str) or name not in tensors or alias in tensors:
             raise ValueError(
-                f"{path}: damaged: {alias} is stored as {reprlib.repr(name)}, which the file does "
-                "not hold"
+                f"{path}: damaged: {printable(alias)} is stored as {reprlib.repr(name)}, which the "
+                "file does not hold"
             )
         aliases[alias] = tensors[name]
     tensors |= aliases

@@ -14,7 +14,7 @@ from sgtriton_kernels.blocks import GateLayout, matrix_shape
 from sgtriton_kernels.kinds import GATE_KINDS
 from torch import nn
 
-from .container import read_file
+from .container import printable, read_file
 from .layers import GATED_TYPES
 from .sparse_layers import BUCKETS, FORMS, NO_GATES, possible_forms
 from .stored import StoredWeight, served_block
@@ -47,7 +47,7 @@ def stored_layers(
     stored = {}
     try:
         for name, entry in description["layers"].items():
-            shown = name or "the model"
+            shown = shown_name(name)
             check_entry(shown, entry)
             _check_shape(shown, entry)
             part = take_stored(name, entry, tensors)
@@ -55,6 +55,11 @@ def stored_layers(
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     return stored
+
+
+def shown_name(name: str) -> str:
+    """The name that a file gives a layer, as errors show it."""
+    return printable(name) or "the model"
 
 
 def _check_shape(shown: str, entry: dict[str, Any]) -> None:
@@ -86,7 +91,7 @@ def take_stored(name: str, entry: dict[str, Any], tensors: dict[str, torch.Tenso
     Raises:
         ValueError: arrays, a block or forms that are not those of such a layer; names it.
     """
-    shown, prefix = name or "the model", f"{name}." if name else ""
+    shown, prefix = shown_name(name), f"{name}." if name else ""
     try:
         layout = gate_layout(tuple(entry["shape"]), tuple(entry["gate_block"]), entry["groups"])
         names = ("values", "bits") if layout.per_weight else ("values", "crow", "col")
