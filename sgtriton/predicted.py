@@ -123,9 +123,8 @@ def predict_cells(
                 ranked = rank(card_name, cell, [reasoned, *others], compilers, _finite(end))
                 late = sum(r.dropped == NO_TIME for r in ranked)
                 if late:  # the fastest may be among those
-                    if late < len(ranked):
-                        count = f"{late} of {len(ranked)} candidates"
-                        say(f"{label} is left out: no time was left to compile {count}")
+                    count = f"{late} of {len(ranked)} candidates"
+                    say(f"{label} is left out: no time was left to compile {count}")
                     break
                 own = next(r for r in ranked if r.candidate == reasoned)
                 if own.seconds is None:
