@@ -1,11 +1,10 @@
-"""Charts of the serving sweep: speed-ups, roofs, and what was expected."""
+"""Charts of the serving sweep: speed-ups by rows, roofs, and what was expected."""
 
 from __future__ import annotations
 
 import functools
 import math
-import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,25 +13,25 @@ from sgtriton import cost_model
 
 from . import roofs, serving
 from .drawing import COLORS, GREY, MARKERS, TICKS, Chart, new_figure, plain_ticks, title_of
+from .serving_curves import marks, means_of, speedups
 from .serving_tables import side
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
 def charts_of(rows: list[serving.Row]) -> list[Chart]:
     found = []
     for dtype, ours in _by_dtype(rows).items():
-        if _means(ours, serving.BLOCKS_ONLY):
+        if means_of(ours, serving.BLOCKS_ONLY):
             found.append(
                 Chart(
                     f"serving_speedup_{dtype}",
                     f"Speed-up of the product over blocks against sparsity, {dtype}",
-                    functools.partial(_speedup, ours, dtype),
+                    functools.partial(speedups, ours, dtype),
                 )
             )
-        if _means(ours, serving.OURS):
+        if means_of(ours, serving.OURS):
             found.append(
                 Chart(
                     f"serving_heat_{dtype}",
@@ -54,7 +53,7 @@ def charts_of(rows: list[serving.Row]) -> list[Chart]:
 def cost_model_charts(rows: list[serving.Row]) -> list[Chart]:
     # what is expected in 16 bits depends on the CPU that draws
     ours = _by_dtype(rows).get("float32", [])
-    if not _means(ours, serving.BLOCKS_ONLY):
+    if not means_of(ours, serving.BLOCKS_ONLY):
         return []
     return [
         Chart(
@@ -70,92 +69,6 @@ def _by_dtype(rows: list[serving.Row]) -> dict[str, list[serving.Row]]:
         dtype: [r for r in rows if r.dtype == dtype]
         for dtype in dict.fromkeys(r.dtype for r in rows)
     }
-
-
-def _means(rows: Iterable[serving.Row], provider: str) -> dict[tuple[int, int, float], float]:
-    """Mean speed-up by block, M and sparsity."""
-    groups: dict[tuple[int, int, float], list[float]] = {}
-    for r in rows:
-        if r.provider == provider:
-            groups.setdefault((side(r.block), r.M, r.sparsity), []).append(1 / r.ratio)
-    return {key: statistics.geometric_mean(values) for key, values in groups.items()}
-
-
-def _speedup(rows: list[serving.Row], dtype: str) -> Figure:
-    """Speed-up against sparsity by block, a panel for each M."""
-    means = _means(rows, serving.BLOCKS_ONLY)
-    ms = sorted({m for _, m, _ in means}) or [0]
-    title = title_of(
-        "Speed-up of the product over blocks over dense, geometric means over weights", rows, dtype
-    )
-    columns = 2 if len(ms) > 1 else 1
-    lines = -(-len(ms) // columns)
-    figure, axes = new_figure(lines, columns, 0.9 + 2.7 * lines, title, sharey=True, sharex=True)
-    sparsities = sorted({s for _, _, s in means})
-    blocks = sorted({b for b, _, _ in means})
-    for axis, m in zip(axes.flat, ms, strict=False):
-        axis.axhline(1, color="black", linewidth=1)
-        ideal = [1 / (1 - s) for s in sparsities]
-        axis.plot(ideal, ideal, "--", color=GREY, label="ideal")
-        for i, block in enumerate(blocks):
-            points = [(s, means[block, m, s]) for s in sparsities if (block, m, s) in means]
-            _curve(axis, points, COLORS[i], MARKERS[i], f"{block}x{block}")
-        axis.set(xscale="log", yscale="log", title=f"M = {m}")
-        plain_ticks(axis.yaxis, TICKS)
-        axis.set_xticks(ideal, [f"{s:.0%}" for s in sparsities])
-        axis.set_xticks([], minor=True)
-    for axis in axes.flat[len(ms) :]:
-        axis.set_visible(False)
-    for axis in axes.flat[max(0, len(ms) - columns) : len(ms)]:  # the lowest of each column
-        axis.tick_params(labelbottom=True)
-        axis.set_xlabel("sparsity")
-    for axis in axes[:, 0]:
-        axis.set_ylabel("times dense")
-    handles = [*axes.flat[0].get_legend_handles_labels()[0], *_marks()]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
-    return figure
-
-
-def _curve(
-    axis: Axes, points: list[tuple[float, float]], color: str, marker: str, label: str
-) -> None:
-    """A line over its points: those below 1 hollow, and a star where it crosses 1."""
-    places = [(1 / (1 - sparsity), speedup) for sparsity, speedup in points]
-    axis.plot([x for x, _ in places], [y for _, y in places], color=color, label=label)
-    for x, y in places:
-        face = color if y >= 1 else "white"
-        axis.plot(x, y, marker, color=color, markerfacecolor=face, markersize=6)
-    if (crossing := break_even(points)) is not None:
-        at = 1 / (1 - crossing)
-        axis.plot(at, 1, "*", color=color, markersize=13, markeredgecolor="black", zorder=5)
-
-
-def break_even(points: Sequence[tuple[float, float]]) -> float | None:
-    """The sparsity from which on a curve stays at 1 or above, between the points on either side.
-
-    Args:
-        points: sparsity and speed-up, by sparsity. Between two, the speed-up's logarithm is taken
-            as linear in that of the density.
-
-    Returns:
-        ``None`` where all points are at 1 or above, or the last is below.
-    """
-    below = [i for i, (_, speedup) in enumerate(points) if speedup < 1]
-    if not below or below[-1] == len(points) - 1:
-        return None
-    (s0, y0), (s1, y1) = points[below[-1]], points[below[-1] + 1]
-    share = math.log(y0) / (math.log(y0) - math.log(y1))
-    return 1 - math.exp((1 - share) * math.log(1 - s0) + share * math.log(1 - s1))
-
-
-def _marks() -> list[Any]:
-    from matplotlib.lines import Line2D
-
-    look: dict[str, Any] = {"linestyle": "none", "color": "black"}
-    return [
-        Line2D([], [], marker="o", markerfacecolor="white", label="slower than dense", **look),
-        Line2D([], [], marker="*", markersize=12, label="breaks even", **look),
-    ]
 
 
 def _filled(blocks: Sequence[int]) -> list[Any]:
@@ -175,7 +88,7 @@ def _heat(rows: list[serving.Row], dtype: str) -> Figure:
     """Speed-up by M and sparsity, a panel for each block; in each cell its number."""
     from matplotlib.colors import LogNorm
 
-    means = _means(rows, serving.OURS)
+    means = means_of(rows, serving.OURS)
     blocks = sorted({b for b, _, _ in means}) or [0]
     ms, sparsities = sorted({m for _, m, _ in means}), sorted({s for _, _, s in means})
     title = title_of(
@@ -290,7 +203,7 @@ def _predicted(rows: list[serving.Row], dtype: str) -> Figure:
     )  # fmt: skip
     for ticks in (axis.xaxis, axis.yaxis):
         plain_ticks(ticks, TICKS)
-    hollow, _ = _marks()
+    hollow, _ = marks()
     axis.legend(handles=[*_filled(blocks), *axis.get_legend_handles_labels()[0], hollow])
     return figure
 

@@ -5,7 +5,7 @@ import pytest
 import test_serving_bench
 import test_training_bench
 
-from bench import charts, report, roofs, serving, serving_charts
+from bench import charts, report, roofs, serving, serving_curves
 
 plt = pytest.importorskip("matplotlib.pyplot", reason="charts need matplotlib")
 
@@ -112,7 +112,7 @@ def test_roofs_are_those_measured():
     ],
 )
 def test_curves_break_even_between_their_points(points, expected):
-    found = serving_charts.break_even(points)
+    found = serving_curves.break_even(points)
     assert found == (None if expected is None else pytest.approx(expected))
 
 

@@ -3,20 +3,21 @@ import functools
 import pytest
 import torch
 
-from bench import models, rows
+from bench import models, networks, rows
 
 SMALL = {
-    "VGG-16": (functools.partial(models.vgg16, width=4, side=32, hidden=32), 32),
+    "VGG-16": (functools.partial(networks.vgg16, width=4, side=32, hidden=32), 32),
     "MLP-Mixer-B/16": (
         functools.partial(
-            models.Mixer, depth=2, channels=32, side=32, patch=8, token_hidden=16, channel_hidden=64
+            networks.Mixer, depth=2, channels=32, side=32, patch=8, token_hidden=16,
+            channel_hidden=64,
         ),
         32,
     ),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", models.MODELS)
+@pytest.mark.parametrize("name", networks.MODELS)
 def test_models_go_from_patch_to_serving_with_equal_outputs(name, tmp_path):
     make, side = SMALL[name]
     served = models.serve(make, torch.randn(2, 3, side, side), block=(4, 4))
@@ -54,6 +55,6 @@ def test_models_have_the_sizes_of_the_papers():
     with torch.device("meta"):
         sizes = {
             name: sum(p.numel() for p in make().parameters())
-            for name, make in models.MODELS.items()
+            for name, make in networks.MODELS.items()
         }
     assert sizes == {"VGG-16": 138_357_544, "MLP-Mixer-B/16": 59_880_472}
