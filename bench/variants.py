@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from sgtriton_kernels import bsr_convert, candidates, gate, gate_bits, penalty, records, tiles
 from sgtriton_kernels.blocks import Block, gate_layout
+from sgtriton_kernels.conv_candidates import is_small
 from sgtriton_kernels.conv_geometry import ConvGeometry
 
 from sgtriton.launches import (
@@ -340,17 +341,31 @@ def _bsr_conv() -> Iterator[Variant]:
                     yield _bsr_convolution(which, dtype, side, size, 256)
             yield _bsr_convolution(which, dtype, 32, 56, 250)
         yield _bsr_convolution(which, torch.float16, 64, 14, 256)
+        for candidate in candidates.named(f"bsr_conv {which}", "triton", False).values():
+            if (tile := candidate.tile) is not None:
+                side = max(64, tile.BLOCK_N, tile.BLOCK_K)
+                yield _bsr_convolution(which, torch.bfloat16, side, 56, 256, tile)
+                if is_small(f"bsr_conv {which}", tile):
+                    yield _bsr_convolution(which, torch.float32, 64, 56, 256, tile)
+                    yield _bsr_convolution(which, torch.bfloat16, 64, 56, 250, tile)
+                    yield _bsr_convolution(which, torch.float32, 64, 56, 250, tile)
 
 
 def _bsr_convolution(
-    which: str, dtype: torch.dtype, side: int, size: int, channels: int
+    which: str,
+    dtype: torch.dtype,
+    side: int,
+    size: int,
+    channels: int,
+    tile: tiles.BsrTile | None = None,
 ) -> Variant:
     images, aligned = 8, channels % 16 == 0
     geometry = ConvGeometry(channels, channels, (3, 3), before=(1, 1), after=(1, 1))
     rows, cols = geometry.blocks((side, side))
     nnz = rows * cols
     pixels = images * size * size
-    tile = tiles.tile_for_bsr_conv(which, pixels, (side, side), nnz, dtype, aligned)
+    if tile is None:
+        tile = tiles.tile_for_bsr_conv(which, pixels, (side, side), nnz, dtype, aligned)
     (launch,) = bsr_conv_launches(
         which, dtype, (side, side), geometry, images, (size, size), nnz, tile
     )
@@ -359,7 +374,8 @@ def _bsr_convolution(
     return Variant(
         "bsr_conv" if which == "fwd" else f"bsr_conv {which}",
         _name(TYPES[dtype], f"{side}x{side}", *([] if aligned else ["not aligned"])),
-        f"n{block_n} m{block_m} k{block_k} s{launch.num_stages} w{launch.num_warps}",
+        f"n{block_n} m{block_m} k{block_k} s{launch.num_stages} w{launch.num_warps}"
+        + f" split {tile.split}" * (tile.split > 1),
         launch,
         rows=(pixels,),
         product=Product(

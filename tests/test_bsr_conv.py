@@ -12,7 +12,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import DTYPES, assert_exact, assert_within_twice, integers, layouts, poisoned
-from sgtriton_kernels import _scratch, bsr_conv, bsr_conv_product, bsr_conv_torch
+from sgtriton_kernels import (
+    _scratch,
+    bsr_conv,
+    bsr_conv_passes,
+    bsr_conv_product,
+    bsr_conv_torch,
+    conv_candidates,
+)
 from sgtriton_kernels._impl import use_impl
 from sgtriton_kernels._ops import ops
 from sgtriton_kernels._triton import INTERPRETED, tl, triton
@@ -25,7 +32,10 @@ from sgtriton_kernels.blocks import (
 )
 from sgtriton_kernels.bsr import BlockSparse
 from sgtriton_kernels.bsr_conv import bsr_conv1d, bsr_conv2d, bsr_conv2d_ref
+from sgtriton_kernels.candidate import Candidate
+from sgtriton_kernels.conv_choice import conv_cell_of
 from sgtriton_kernels.conv_geometry import ConvGeometry
+from sgtriton_kernels.lookup import analytic, forget
 from sgtriton_kernels.tiles import BsrTile, tile_for_bsr_conv
 from test_bsr import patterns
 from torch.library import opcheck
@@ -44,9 +54,21 @@ def _nan_outputs(monkeypatch):
     """Memory that nobody wrote holds NaN: a missed store shows."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     # layers are small here, and the dense one would be taken for each
-    monkeypatch.setattr(bsr_conv_torch, "_is_dense_faster", lambda *_: False)
+    reason(monkeypatch, dense=False)
     yield
+    monkeypatch.undo()
+    reason(monkeypatch)
     torch.use_deterministic_algorithms(False)
+
+
+def reason(monkeypatch, dense=None, loop=None):
+    """Have it reasoned that the dense layer is the faster one, or from how many outputs a loop."""
+    if dense is not None:
+        monkeypatch.setattr(conv_candidates, "_is_dense_faster", lambda cell: dense)
+    if loop is not None:
+        monkeypatch.setattr(conv_candidates, "_LOOP", loop)
+    analytic.cache_clear()
+    forget()
 
 
 class Case:
@@ -156,7 +178,7 @@ def test_any_geometry_is_exact_in_library_calls(device, monkeypatch):
         [(4, 3), (2, 8)], [0, 1 << 20],
     )  # fmt: skip
     for kernel, stride, padding, dilation, groups, block, loop in grid:
-        monkeypatch.setattr(bsr_conv_torch, "_LOOP", loop)
+        reason(monkeypatch, loop=loop)
         case = Case(
             (6, 10), kernel, (7, 5), 3, block, stride=stride, padding=padding, dilation=dilation,
             groups=groups, device=device,
@@ -235,15 +257,17 @@ def test_gradients_that_nobody_needs_were_computed(
     skip_native(impl)
     if impl == "triton" and dense:
         pytest.skip("for the torch implementation")
-    monkeypatch.setattr(bsr_conv_torch, "_is_dense_faster", lambda *_: dense)
+    reason(monkeypatch, dense=dense)
     done = []
     real = bsr_conv._backward
     monkeypatch.setattr(bsr_conv, "_backward", lambda *a: done.append(real(*a)) or done[-1])
     launched = []
     for name in ("bsr_conv_dx", "bsr_conv_dvalues"):
-        launch = getattr(bsr_conv, name)
+        launch = getattr(bsr_conv_passes, name)
         monkeypatch.setattr(
-            bsr_conv, name, lambda *a, launch=launch, name=name: launched.append(name) or launch(*a)
+            bsr_conv_passes,
+            name,
+            lambda *a, launch=launch, name=name: launched.append(name) or launch(*a),
         )
     case = Case(size=(3, 3), device=device, padding=(0, 1))
     case.x = case.x.contiguous(memory_format=memory_format)
@@ -398,7 +422,7 @@ def test_every_block_shape_is_exact(block, impl, device):
 @pytest.mark.parametrize("block", [(1, 1), (3, 5), (40, 1), (1, 26), (40, 26), (24, 20)], ids=str)
 def test_torch_implementation_serves_any_block(block, device, monkeypatch):
     for dense in (False, True):
-        monkeypatch.setattr(bsr_conv_torch, "_is_dense_faster", lambda *_, d=dense: d)
+        reason(monkeypatch, dense=dense)
         for groups in (1, 2):
             case = Case((26 * groups, 40 * groups), (3, 2), block=block, padding=1, groups=groups,
                         device=device)  # fmt: skip
@@ -420,7 +444,7 @@ def test_torch_implementation_serves_any_block(block, device, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [FP32, torch.float64], ids=str)
 def test_one_output_channel_failed_in_backward_with_every_block_stored(dtype, device, monkeypatch):
-    monkeypatch.setattr(bsr_conv_torch, "_is_dense_faster", lambda *_: True)
+    reason(monkeypatch, dense=True)
     case = Case((16, 1), block=(1, 16), padding=1, share=1.0, dtype=dtype, device=device)
     case.x = case.x.contiguous(memory_format=torch.channels_last)
     out = case.out("torch")
@@ -432,12 +456,15 @@ def test_one_output_channel_failed_in_backward_with_every_block_stored(dtype, de
 
 def test_torch_implementation_works_in_bounded_pieces(device, monkeypatch):
     case = Case(images=5, padding=1, device=device)
-    monkeypatch.setattr(bsr_conv_torch, "_PLACES", 100)  # two images at a time, then the last
+    monkeypatch.setattr(bsr_conv_torch, "PLACES", 100)  # two images at a time, then the last
     dout = integers(5, 24, 5, 6, device=device)
-    for loop in (0, 1 << 20):
-        monkeypatch.setattr(bsr_conv_torch, "_LOOP", loop)
-        monkeypatch.setattr(bsr_conv_torch, "_GATHERED", 1)
-        assert_exact("out", case.out("torch"), case.torch_out())
+    w, x = case.w, case.x
+    geometry = ConvGeometry(20, 24, (3, 3), before=(1, 1), after=(1, 1))
+    blocks = bsr_conv_torch.ConvBlocks(w.crow, w.col, w.block, geometry)
+    for way, elements in (("loop", 100), ("batches", 1)):
+        by = Candidate(way, way=way, elements=elements)
+        out = bsr_conv_torch.bsr_conv_torch(x, w.values, blocks, case.bias, "none", by)
+        assert_exact(way, out, case.torch_out())
     for grad, expected in zip(case.grads(dout, "torch"), case.torch_grads(dout), strict=True):
         assert_exact("grad", grad, expected)
 
@@ -451,9 +478,8 @@ def test_lines_of_one_large_image_stayed_in_memory(device, monkeypatch):
     dout = integers(1, 8, 40, 30)
     for limit in (1 << 12, 1 << 30):
         monkeypatch.setattr(bsr_conv_torch, "_KEPT", limit)
-        for loop in (0, 1 << 20):
-            monkeypatch.setattr(bsr_conv_torch, "_LOOP", loop)
-            assert_exact("out", case.out("torch"), case.torch_out())
+        for way in ("loop", "batches"):
+            assert_exact("out", case.out("torch", tile=way), case.torch_out())
         for grad, expected in zip(case.grads(dout, "torch"), case.torch_grads(dout), strict=True):
             assert_exact("grad", grad, expected)
         size = sum(buffer.nbytes for buffer in vars(kept).values())
@@ -462,7 +488,7 @@ def test_lines_of_one_large_image_stayed_in_memory(device, monkeypatch):
 
 @pytest.mark.parametrize("dense", [False, True])
 def test_what_is_kept_with_a_container_fits_every_call(dense, device, monkeypatch):
-    monkeypatch.setattr(bsr_conv_torch, "_is_dense_faster", lambda *_: dense)
+    reason(monkeypatch, dense=dense)
     case = Case(device=device)
     wide = Case((40, 48), groups=2, device=device)
     for options in ({}, {"padding": 1}, {"padding": (1, 0), "stride": 2}, {}):
@@ -516,9 +542,9 @@ def test_dense_layer_is_taken_where_it_is_faster(device, monkeypatch):
     def taken(block, channels, size, share):
         case = Case(channels, (3, 3), size, 1, block, share=share, padding=1, device=device)
         geometry = ConvGeometry(*channels, (3, 3), (1, 1), (1, 1), (1, 1))
-        w = case.w
-        blocks = bsr_conv_torch.ConvBlocks(w.crow, w.col, w.block, geometry)
-        return bsr_conv_torch._is_dense_faster(blocks, case.x, size)
+        return conv_candidates._is_dense_faster(
+            conv_cell_of("fwd", case.w, geometry, "torch", case.x)
+        )
 
     assert not taken((32, 32), (128, 128), (56, 56), 0.1)
     assert taken((32, 32), (128, 128), (56, 56), 1.0)
@@ -808,7 +834,7 @@ def test_backward_waited_for_the_device_to_see_infinities(device, monkeypatch):
         w.crow, w.col, w.block, ConvGeometry(20, 24, (3, 3), (1, 1), (1, 1), (1, 1))
     )
     x = case.x.as_subclass(elsewhere)
-    grads = bsr_conv_torch.bsr_conv_bwd_torch(dout, x, w.values, blocks, True, True)
+    grads = bsr_conv_torch.bsr_conv_bwd_torch(dout, x, w.values, blocks, "lines", "lines")
     for grad, expected in zip(grads, case.torch_grads(dout), strict=False):
         assert_exact("grad", grad, expected)
     assert not asked

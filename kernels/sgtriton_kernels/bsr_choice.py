@@ -61,7 +61,7 @@ def cell_of(which: str, w: BlockSparse, impl: str, *rows: torch.Tensor) -> Cell:
     is_tf32 = not by_torch and like.dtype == torch.float32 and like.device.type != "cpu"
     return Cell(
         f"bsr_linear {which}", impl, len(like), n, k, w.block, w.nnz, like.dtype,
-        w.index.longest if by_torch else _longest_row(w.crow),
+        w.index.longest if by_torch else longest_row(w.crow),
         dot_precision() if is_tf32 else "ieee",
         by_torch or all(map(is_aligned, rows)),
         not by_torch and is_native(like.device),
@@ -73,7 +73,7 @@ def is_capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def _longest_row(crow: torch.Tensor) -> int | None:
+def longest_row(crow: torch.Tensor) -> int | None:
     """Blocks of the longest block row; waits for the device, once, and never in a capture."""
     kept = None if crow.is_inference() else _longest.get(crow)
     if kept is not None and kept[0] == crow._version:

@@ -19,21 +19,18 @@ import torch.nn.functional as F
 from torch._prims_common import suggest_memory_format
 from torch.utils.flop_counter import register_flop_formula
 
-from ._autocast import cast_inputs, without_autocast
+from ._autocast import cast_inputs
 from ._impl import resolve_impl
 from ._ops import grads_with_graph, is_watched, needs_graph, register_op
-from ._triton import is_native
 from .activations import ACTIVATIONS, check_activation
 from .bsr import BlockSparse
 from .bsr_checks import check_agrees, check_dtype, check_kinds, why_no_kernel
-from .bsr_conv_product import bsr_conv_dvalues, bsr_conv_dx, bsr_conv_fwd
-from .bsr_conv_torch import ConvBlocks, bsr_conv_bwd_torch, bsr_conv_torch, result_format
+from .bsr_conv_passes import conv_bwd, conv_fwd, kept_conv_blocks
+from .bsr_conv_torch import result_format
 from .conv_arguments import geometry_of
+from .conv_choice import conv_choice, pack_conv_choice, unpack_conv_choice
 from .conv_geometry import ConvGeometry
-from .tiles import BsrTile, tile_for_bsr_conv
-
-# The kernels count the pixels of an image in 32 bits, those of a tile that begins in it included.
-_MOST_PIXELS = 2**31 - 2**16
+from .tiles import BsrTile
 
 
 def bsr_conv2d(
@@ -49,7 +46,7 @@ def bsr_conv2d(
     kernel_size: int | Sequence[int],
     activation: str | None = None,
     impl: str | None = None,
-    tile: BsrTile | None = None,
+    tile: BsrTile | str | None = None,
 ) -> torch.Tensor:
     """2-d convolution with a block-sparse weight; differentiable in ``x, w.values, bias``.
 
@@ -70,7 +67,8 @@ def bsr_conv2d(
         kernel_size: taps, vertical and horizontal.
         activation: ``"relu"`` | ``"gelu"`` | ``"gelu_tanh"`` | ``"silu"`` | ``None``.
         impl: ``"triton"`` | ``"torch"``; default: see :mod:`._impl`.
-        tile: what one program of the Triton kernels computes; default: by size.
+        tile: how it is computed: what one program of the Triton kernels computes, backward too, or
+            the name of one of :func:`.candidates` of forward; default: what :func:`.choose` finds.
 
     Returns:
         ``[B, O, H', W']`` or ``[O, H', W']``, dtype of ``x``; channels-last in memory where ``x``
@@ -78,7 +76,7 @@ def bsr_conv2d(
 
     Raises:
         ValueError: shapes, sizes, dtypes or devices that do not fit; an unknown activation;
-            ``impl`` asks for what cannot run.
+            ``impl`` asks for what cannot run; a name of no candidate.
     """
     check_kinds(x, w)
     if x.dim() not in (3, 4):
@@ -104,7 +102,7 @@ def bsr_conv1d(
     kernel_size: int | Sequence[int],
     activation: str | None = None,
     impl: str | None = None,
-    tile: BsrTile | None = None,
+    tile: BsrTile | str | None = None,
 ) -> torch.Tensor:
     """1-d convolution with a block-sparse weight: :func:`bsr_conv2d` on images of one line.
 
@@ -164,7 +162,7 @@ def _bsr_conv(
     geometry: ConvGeometry,
     activation: str | None,
     impl: str | None,
-    tile: BsrTile | None,
+    tile: BsrTile | str | None,
     name: str,
 ) -> torch.Tensor:
     """Both convolutions, on ``x [B, C, H, W]``."""
@@ -182,7 +180,7 @@ def _bsr_conv(
     needs_grad = needs_graph(inputs)
     # backward takes what is added up, not what the activation makes of it
     fused = "none" if needs_grad else activation
-    packed = None if tile is None else tile.pack()
+    packed = None if tile is None else pack_conv_choice(tile, impl, x)
     if is_watched(*inputs):
         out = _bsr_conv_op(*inputs, *w.index_tensors, geometry.pack(), fused, impl, packed)
     elif needs_grad:
@@ -201,7 +199,7 @@ def _check_sizes(geometry: ConvGeometry, w: BlockSparse, x: torch.Tensor) -> Non
             f"x must be large enough for one output, got {list(x.shape)} for a kernel of "
             f"{geometry.kernel}, dilation {geometry.dilation}, padding {geometry.before}"
         )
-    if not torch.compiler.is_compiling() and _kept_blocks(w, geometry) is not None:
+    if not torch.compiler.is_compiling() and kept_conv_blocks(w, geometry) is not None:
         return  # it was found to fit
     groups, out = geometry.groups, geometry.out_channels
     if channels % groups or out % groups:
@@ -222,20 +220,6 @@ def _empty(
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
 
 
-def _tile(
-    which: str, packed: Sequence[int] | None, geometry: ConvGeometry, values: torch.Tensor,
-    pixels: int,
-) -> BsrTile:  # fmt: skip
-    if packed:
-        return BsrTile.unpack(packed)
-    nnz, bn, bk = values.shape
-    return tile_for_bsr_conv(
-        which, pixels, (bn, bk), nnz, values.dtype,
-        geometry.in_per_group % 16 == 0 and geometry.out_per_group % 16 == 0,
-        is_native(values.device),
-    )  # fmt: skip
-
-
 def _forward(
     x: torch.Tensor,
     values: torch.Tensor,
@@ -247,25 +231,10 @@ def _forward(
     tile: Sequence[int] | None,
 ) -> torch.Tensor:
     """Compute the convolution; of ``w`` only shape and index are read."""
-    values = values.contiguous()
-    out_size = geometry.out_size(x.shape[2:])
-    if not x.shape[0] * math.prod(out_size):
+    if not x.shape[0] * math.prod(geometry.out_size(x.shape[2:])):
         return _empty(x, geometry, result_format(x))
-    if impl == "triton":
-        most = max(map(math.prod, (x.shape[2:], out_size)))
-        if most > _MOST_PIXELS:
-            raise ValueError(
-                f"x and the result must have at most {_MOST_PIXELS} pixels an image for the Triton "
-                f"kernels, got {most}"
-            )
-        out = _empty(x, geometry, result_format(x))
-        chosen = _tile("fwd", tile, geometry, values, out.numel() // geometry.out_channels)
-        bsr_conv_fwd(
-            x, values, w.crow, w.col, w.row_order, bias, geometry, activation, out, chosen
-        )  # fmt: skip
-        return out
-    with without_autocast(x.device):
-        return bsr_conv_torch(x, values, _blocks(w, geometry), bias, activation)
+    chosen = unpack_conv_choice("fwd", tile, impl, x) or conv_choice("fwd", w, geometry, impl, x)
+    return conv_fwd(x, values.contiguous(), bias, w, geometry, activation, impl, chosen)
 
 
 def _backward(
@@ -287,42 +256,19 @@ def _backward(
             torch.empty_like(x, memory_format=result_format(x)),
             values.new_zeros(values.shape),
         )
-    elif impl == "triton":
-        if need_dx:
-            dx = torch.empty_like(x, memory_format=result_format(x))
-            chosen = _tile("dx", tile, geometry, values, x.numel() // geometry.in_channels)
-            bsr_conv_dx(dout, values, w.col, w.row, w.perm, geometry, dx, chosen)
-        if need_dvalues:
-            dvalues = torch.empty_like(values)
-            chosen = _tile("dvalues", tile, geometry, values, dout.numel() // geometry.out_channels)
-            bsr_conv_dvalues(dout, x, w.row, w.col, w.perm, geometry, dvalues, chosen)
     elif need_dx or need_dvalues:
-        with without_autocast(x.device):
-            dx, dvalues = bsr_conv_bwd_torch(
-                dout, x, values, _blocks(w, geometry), need_dx, need_dvalues
-            )  # fmt: skip
+        by_dx, by_dvalues = (
+            (unpack_conv_choice(which, tile, impl, x) or conv_choice(which, w, geometry, impl, x))
+            if needed
+            else None
+            for which, needed in (("dx", need_dx), ("dvalues", need_dvalues))
+        )
+        dx, dvalues = conv_bwd(dout, x, values, w, geometry, impl, by_dx, by_dvalues)
     return (
         dx if need_dx and dx is not None else x.new_empty(0),
         dvalues if need_dvalues and dvalues is not None else values.new_empty(0),
         dout.sum((0, 2, 3)) if need_dbias else dout.new_empty(0),
     )
-
-
-def _blocks(w: BlockSparse, geometry: ConvGeometry) -> ConvBlocks:
-    """What follows from pattern and geometry, as it is kept with the container, or made now."""
-    blocks = _kept_blocks(w, geometry)
-    if blocks is None:
-        blocks = ConvBlocks(w.crow, w.col, w.block, geometry)
-        object.__setattr__(w, "_conv_blocks", blocks)
-    return blocks
-
-
-def _kept_blocks(w: BlockSparse, geometry: ConvGeometry) -> ConvBlocks | None:
-    """The last that :func:`_blocks` made for ``w``, whose index does not change, if it fits."""
-    blocks = w.__dict__.get("_conv_blocks")
-    if blocks is None or (blocks.geometry is not geometry and blocks.geometry != geometry):
-        return None
-    return blocks
 
 
 def _container(

@@ -5,6 +5,14 @@ side. Under one tap every output then meets the pixel a constant number of place
 a stride: within one of its remainders), so a stored block is one product of two views, added to the
 outputs of its block row: nothing is gathered. What outputs there are at the zeros between images is
 dropped.
+
+Forward has three ways, backward the first and the second of them:
+
+- *dense*: the dense layer, zeros filled in. For small layers, and where few blocks are closed.
+- *loop*, of backward *lines*: a product for each block, straight into the sums. Images are computed
+  some at a time, so that their lines stay in the cache.
+- *batches*: what the blocks meet is gathered and multiplied by one batched product. For few
+  outputs, beside which a call for each block costs more.
 """
 
 from __future__ import annotations
@@ -20,18 +28,14 @@ import torch.nn.functional as F
 from torch._prims_common import suggest_memory_format
 
 from ._scratch import scratch_parts
+from .block_products import Choices
+from .candidate import Candidate
 from .conv_geometry import ConvGeometry, Pair
 
-_PLACES = 1 << 14  # of images that are computed together; a larger image has a line of its own
+PLACES = 1 << 14  # of images that are computed together; a larger image has a line of its own
+GATHERED = 1 << 20  # elements that a batch gathers and writes
 _KEPT = 64 << 20  # bytes of lines that are kept for the next call
-_LOOP = 512  # outputs from which a call for each block pays
 _TRANSPOSED = 1 << 11  # outputs of a block that are transposed at a time
-_GATHERED = 1 << 20  # elements that a batch gathers and writes
-# What costs time beside the products, in multiply-adds of the dense layer.
-_CALL = 12_000_000  # a call
-_COPY = 12  # an element that is copied to the line or from it
-_VISIT = 600  # an output that a block meets
-_FEW = 8  # channels of which, unless they lie side by side, the dense layer makes a quarter as many
 
 _IN_PLACE = {
     "relu": torch.relu_,
@@ -139,13 +143,14 @@ class ConvBlocks:
 
     Attributes:
         rows, cols: block rows of a group, block columns of a tap.
+        choices: what was looked up for the layer.
         over_n, over_k: what the last block of a group's output and input channels overhangs.
     """
 
     def __init__(
         self, crow: torch.Tensor, col: torch.Tensor, block: Pair, geometry: ConvGeometry
     ):  # fmt: skip
-        self.crow, self.nnz = crow, len(col) - 1
+        self.crow, self.nnz, self.choices = crow, len(col) - 1, Choices()
         self.col, self.geometry, (self.bn, self.bk) = col[: self.nnz], geometry, block
         self.rows, self.cols = geometry.blocks(block)
         self.over_n = self.rows * self.bn - geometry.out_per_group
@@ -283,6 +288,7 @@ def bsr_conv_torch(
     blocks: ConvBlocks,
     bias: torch.Tensor | None,
     activation: str,
+    candidate: Candidate,
 ) -> torch.Tensor:
     """The same in library calls, for any block, on ``x [B, C, H, W]`` with any strides."""
     geometry, memory_format = blocks.geometry, result_format(x)
@@ -290,13 +296,17 @@ def bsr_conv_torch(
     if dtype != wide:
         values, bias = values.to(wide), None if bias is None else bias.to(wide)
     size = geometry.out_size(x.shape[2:])
-    if _is_dense_faster(blocks, x, size):
-        return _dense(x, values, blocks, bias, activation, memory_format)
+    if candidate.way == "dense":
+        return conv_dense(x, values, blocks, bias, activation, memory_format)
+    in_batches = candidate.way == "batches"
+    places = PLACES if in_batches else candidate.elements or PLACES
     values, shape = blocks.inside(values), (x.shape[0], geometry.out_channels, *size)
     out = torch.empty(shape, dtype=dtype, device=x.device, memory_format=memory_format)
-    for part, line in _bands(geometry, x):
-        in_batches = line.outputs < _LOOP
-        step = _batch(blocks, line) if in_batches else 0
+    for part, line in _bands(geometry, x, places):
+        step = 0
+        if in_batches:
+            sides = blocks.bn, blocks.bk
+            step = batch(blocks.nnz, line.outputs, sides, candidate.elements or GATHERED)
         lead, outputs = (geometry.groups, blocks.rows), line.outputs
         x_lines, sums, gathered, products = _scratch_lines(
             [
@@ -316,20 +326,7 @@ def bsr_conv_torch(
     return out
 
 
-def _is_dense_faster(blocks: ConvBlocks, x: torch.Tensor, size: Pair) -> bool:
-    """Whether the dense layer is: measured on two AVX2 cores, with 1x1 to 64x64 blocks."""
-    geometry, (images, channels, height, width) = blocks.geometry, x.shape
-    outputs, out_channels = images * size[0] * size[1], geometry.out_channels
-    met = channels // geometry.groups * geometry.kernel[0] * geometry.kernel[1]
-    dense = outputs * met * out_channels
-    if channels < _FEW * geometry.groups and not _is_channels_last(x):
-        dense *= 4
-    copied = images * channels * height * width + outputs * out_channels
-    products = blocks.nnz * outputs * (blocks.bn * blocks.bk + _VISIT)
-    return _CALL + _COPY * copied + products > dense
-
-
-def _dense(
+def conv_dense(
     x: torch.Tensor, values: torch.Tensor, blocks: ConvBlocks, bias, activation: str, memory_format
 ) -> torch.Tensor:
     """The dense layer, zeros filled in."""
@@ -345,7 +342,7 @@ def _dense(
     return out.contiguous(memory_format=memory_format)
 
 
-def _dense_bwd(
+def conv_dense_bwd(
     dout, x: torch.Tensor, values: torch.Tensor, blocks: ConvBlocks, needs: tuple[bool, bool]
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """``dx`` and ``dvalues``, both in the dtype of ``values``."""
@@ -415,24 +412,30 @@ def bsr_conv_bwd_torch(
     x: torch.Tensor,
     values: torch.Tensor,
     blocks: ConvBlocks,
-    need_dx: bool,
-    need_dvalues: bool,
+    dx_way: str | None,
+    dvalues_way: str | None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """``dx [B, C, H, W]``, in memory as a result of ``x``, and ``dvalues [nnz, bn, bk]``."""
+    """``dx [B, C, H, W]``, in memory as a result of ``x``, and ``dvalues [nnz, bn, bk]``.
+
+    Args:
+        dx_way, dvalues_way: ``"dense"`` | ``"lines"``; ``None`` where nobody needs the gradient.
+    """
     dtype, wide = x.dtype, torch.promote_types(x.dtype, torch.float32)
     wide_values = values if dtype == wide else values.to(wide)
     # In a line a product that does not exist has a factor 0, which infinity makes NaN. It shows in
     # gradients that are few beside what was multiplied for them, and the dense layer says which.
     # Not on a card, where asking waits for all that was launched: there NaN may stand for more.
-    is_dense = _is_dense_faster(blocks, x, dout.shape[2:])
-    if not is_dense and need_dx and x.is_cpu and not _is_finite(wide_values):
-        is_dense = True
-    if is_dense:
-        dx, dvalues = _dense_bwd(dout, x, wide_values, blocks, (need_dx, need_dvalues))
-    else:
-        dx, dvalues = _lines_bwd(dout, x, wide_values, blocks, (need_dx, need_dvalues))
-        if dvalues is not None and x.is_cpu and not _is_finite(dvalues):
-            _, dvalues = _dense_bwd(dout, x, wide_values, blocks, (False, True))
+    if dx_way == "lines" and x.is_cpu and not _is_finite(wide_values):
+        dx_way = "dense"
+        dvalues_way = dvalues_way and "dense"
+    given, found = (dout, x, wide_values, blocks), {}
+    for way, compute in (("dense", conv_dense_bwd), ("lines", _lines_bwd)):
+        needs = dx_way == way, dvalues_way == way
+        found[way] = compute(*given, needs) if any(needs) else (None, None)
+    dx = found["dense"][0] if dx_way == "dense" else found["lines"][0]
+    dvalues = found["dense"][1] if dvalues_way == "dense" else found["lines"][1]
+    if dvalues_way == "lines" and x.is_cpu and not _is_finite(dvalues):
+        _, dvalues = conv_dense_bwd(*given, (False, True))
     if dx is not None:
         dx = (dx if dtype == wide else dx.to(dtype)).contiguous(memory_format=result_format(x))
     if dvalues is not None and dtype != wide:
@@ -448,7 +451,7 @@ def _lines_bwd(
     values = blocks.inside(values)
     dx = torch.empty_like(x, memory_format=result_format(x)) if need_dx else None
     gradients = torch.zeros_like(values) if need_dvalues else None
-    for part, line in _bands(geometry, x):
+    for part, line in _bands(geometry, x, PLACES):
         x_lines, dy_lines = _scratch_lines(
             [
                 (len(line.phases), geometry.groups, blocks.cols, line.length, blocks.bk),
@@ -499,22 +502,29 @@ def _line(geometry: ConvGeometry, size: Pair, images: int) -> _Line:
     return _Line(geometry, size, images)
 
 
-def _bands(geometry: ConvGeometry, x: torch.Tensor) -> Iterator[tuple[slice, _Line]]:
+def _bands(geometry: ConvGeometry, x: torch.Tensor, places: int) -> Iterator[tuple[slice, _Line]]:
     """Images that are computed together, and their line."""
-    images, _, *size = x.shape
-    one = _line(geometry, (size[0], size[1]), 1)
-    step = min(images, max(1, _PLACES // one.count))
-    line = None
-    for start in range(0, images, max(1, step)):
+    images, _, height, width = x.shape
+    step = images_at_once(geometry, (height, width), images, places)
+    for start in range(0, images, step):
         count = min(step, images - start)
-        if line is None or line.images != count:
-            line = _line(geometry, (size[0], size[1]), count)
-        yield slice(start, start + count), line
+        yield slice(start, start + count), _line(geometry, (height, width), count)
 
 
-def _batch(blocks: ConvBlocks, line: _Line) -> int:
+def images_at_once(geometry: ConvGeometry, size: Pair, images: int, places: int = PLACES) -> int:
+    """Images that are computed together: as many as fit ``places``, shared evenly."""
+    most = min(images, max(1, places // _line(geometry, size, 1).count))
+    return -(-images // -(-images // most)) if images else 1
+
+
+def outputs_at_once(geometry: ConvGeometry, size: Pair, images: int) -> int:
+    """Outputs that a product with a block makes, zeros between images among them."""
+    return _line(geometry, size, images_at_once(geometry, size, images)).outputs
+
+
+def batch(nnz: int, outputs: int, block: Pair, elements: int) -> int:
     """How many blocks are gathered at a time."""
-    return min(blocks.nnz, max(1, _GATHERED // (line.outputs * (blocks.bn + blocks.bk))))
+    return min(nnz, max(1, elements // (outputs * sum(block))))
 
 
 def _scratch_lines(sizes, by_place: list[bool], dtype, device) -> list[torch.Tensor]:

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import functools
 
-from . import bsr_candidates, gated_candidates
+from . import bsr_candidates, conv_candidates, gated_candidates
 from .candidate import Candidate
 from .cell import Cell
 
-_OPS = {"bsr_linear": bsr_candidates, "gated_linear": gated_candidates}
+_OPS = {
+    "bsr_linear": bsr_candidates,
+    "bsr_conv": conv_candidates,
+    "gated_linear": gated_candidates,
+}
 
 
 @functools.cache

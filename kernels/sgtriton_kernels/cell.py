@@ -58,6 +58,11 @@ class Cell:
         return self.nnz / max(self.block_rows * self.block_cols, 1)
 
     @property
+    def weight(self) -> str:
+        """The dense weight's shape in a word."""
+        return f"{self.N}x{self.K}"
+
+    @property
     def rows(self) -> int:
         """The bucket of ``M``: the power of two that covers it."""
         return 1 << max(self.M - 1, 0).bit_length()

@@ -355,6 +355,7 @@ def tile_for_bsr_conv(
     dtype: torch.dtype,
     aligned: bool = True,
     native: bool = False,
+    reasons: list[str] | None = None,
 ) -> BsrTile:
     """A tile for a pass of ``bsr_conv2d`` that every card can run; reasoned, not measured.
 
@@ -376,11 +377,17 @@ def tile_for_bsr_conv(
         dtype: fp32 | fp16 | bf16, of ``x``.
         aligned: whether channels of all operands can be read in wide pieces.
         native: for Triton's CPU compiler, which unrolls a tile.
+        reasons: gets why, in words.
     """
+    why = [] if reasons is None else reasons
     if native:
+        why.append("the smallest tile: Triton's CPU compiler unrolls it")
         return BsrTile(BLOCK_N=16, BLOCK_M=16, BLOCK_K=16, num_stages=1, num_warps=1)
     wide = dtype.itemsize > 2
     small = wide or not aligned
+    if small:
+        found = "fp32 values" if wide else "channels that 16 does not divide"
+        why.append(f"{found}: addresses of pixels take registers beside the products")
     most, depth = 32 if small else 64, 16 if wide else 32
     if which == "dvalues":
         block_n, block_k, block_m = min(block[0], most), min(block[1], most), depth
@@ -390,10 +397,14 @@ def tile_for_bsr_conv(
             split *= 2
         stages = 2 if small else 3
         warps = 8 if max(block) > 64 else 4
+        why.append(f"{block_n}x{block_k} values a program, {programs} programs over all pixels")
+        if split > 1:
+            why.append(f"split by {split}: fewer than two programs a multiprocessor")
         return BsrTile(block_n, block_m, block_k, stages, warps, split=split)
     block_m = 16 if pixels <= 16 else 32 if small else 64 if pixels <= 4096 else 128
     if which == "fwd":
         block_n, block_k = min(block[0], most), min(block[1], depth)
     else:
         block_n, block_k = min(block[0], depth), min(block[1], most)
+    why.append(f"{block_m} pixels a program of {pixels}, the block's side up to {most}")
     return BsrTile(block_n, block_m, block_k, 2 if small else 3, 4)

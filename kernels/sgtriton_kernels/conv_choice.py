@@ -1,0 +1,108 @@
+"""The candidate of a convolution: looked up once for each size, or the caller's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from ._triton import dot_precision, is_native
+from .bsr import BlockSparse
+from .bsr_choice import longest_row
+from .bsr_conv_passes import conv_blocks
+from .candidate import Candidate
+from .candidates import named
+from .conv_cell import ConvCell
+from .conv_geometry import ConvGeometry
+from .lookup import choose, now
+from .tiles import BsrTile
+
+_MOST = 256  # choices that are kept with a layer
+
+
+def conv_choice(
+    which: str, w: BlockSparse, geometry: ConvGeometry, impl: str, x: torch.Tensor
+) -> Candidate:
+    """The candidate of a pass.
+
+    Args:
+        which: ``"fwd"`` | ``"dx"`` | ``"dvalues"``.
+        w: of which shape, block and index count.
+        impl: ``"triton"`` | ``"torch"``.
+        x: ``[B, C, H, W]``, of which no value is read.
+    """
+    # kept where the next call meets it, as :mod:`.bsr_choice` does, and why
+    choices = conv_blocks(w, geometry).choices
+    precision = dot_precision("conv") if impl == "triton" else ""
+    key = which, x.shape, x.dtype, x.stride(1) == 1, impl, precision
+    found = choices.of(now.generation).get(key)
+    if found is not None:
+        return found
+    kept = choices.of(now.generation)  # before looking: what another thread records is not missed
+    cell = conv_cell_of(which, w, geometry, impl, x)
+    found = choose(cell, x.device).candidate
+    if len(kept) >= _MOST:
+        kept.clear()
+    if cell.longest is not None:
+        kept[key] = found
+    return found
+
+
+def conv_cell_of(
+    which: str, w: BlockSparse, geometry: ConvGeometry, impl: str, x: torch.Tensor
+) -> ConvCell:
+    """What is looked up for such a pass; arguments as for :func:`conv_choice`."""
+    images, _, height, width = x.shape
+    of_result = geometry.out_size((height, width))
+    pixels = images * (height * width if which == "dx" else math.prod(of_result))
+    by_torch = impl == "torch"
+    is_tf32 = not by_torch and x.dtype == torch.float32 and x.device.type != "cpu"
+    return ConvCell(
+        f"bsr_conv {which}", impl, pixels, *w.shape, w.block, w.nnz, x.dtype,
+        longest_row(w.crow),
+        dot_precision("conv") if is_tf32 else "ieee",
+        by_torch or (geometry.in_per_group % 16 == 0 and geometry.out_per_group % 16 == 0),
+        not by_torch and is_native(x.device),
+        geometry=geometry,
+        images=images,
+        size=(height, width),
+        channels_last=x.stride(1) == 1,
+    )  # fmt: skip
+
+
+def pack_conv_choice(choice: BsrTile | str, impl: str, x: torch.Tensor) -> list[int] | None:
+    """A caller's choice as numbers, which is what an op of PyTorch takes.
+
+    Returns:
+        ``None`` of a tile where no kernel of Triton computes: there it says nothing.
+
+    Raises:
+        ValueError: a name of no candidate.
+    """
+    if isinstance(choice, BsrTile):
+        return choice.pack() if impl == "triton" else None
+    known = named("bsr_conv fwd", impl, impl == "triton" and is_native(x.device))
+    if choice not in known:
+        raise ValueError(f"tile must be a BsrTile or one of {', '.join(known)}; got {choice!r}")
+    return [[*known].index(choice)]
+
+
+def unpack_conv_choice(
+    which: str, numbers: Sequence[int] | None, impl: str, x: torch.Tensor
+) -> Candidate | None:
+    """What :func:`pack_conv_choice` made numbers of, where it says something of the pass.
+
+    A tile is taken by all passes that a kernel computes, a name is one of forward.
+    """
+    if not numbers:
+        return None
+    if len(numbers) == 1:
+        if which != "fwd":
+            return None
+        known = named("bsr_conv fwd", impl, impl == "triton" and is_native(x.device))
+        return [*known.values()][numbers[0]]
+    if impl != "triton":
+        return None
+    tile = BsrTile.unpack(numbers)
+    return Candidate(tile.name, tile)
