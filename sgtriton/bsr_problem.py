@@ -59,7 +59,7 @@ class BsrLinearProblem(Problem):
         elif self.cell.op == "bsr_linear dx":
             right = dy.double() @ dense
         else:
-            right = _taken(dy.double().T @ x.double(), w)
+            right = taken(dy.double().T @ x.double(), w)
         return ((right, self.cell.dtype),)
 
     def check_work(self) -> tuple[float, float]:
@@ -67,7 +67,7 @@ class BsrLinearProblem(Problem):
         return dense, dense * self.cell.density
 
 
-def _taken(whole: torch.Tensor, w: BlockSparse) -> torch.Tensor:
+def taken(whole: torch.Tensor, w: BlockSparse) -> torch.Tensor:
     """The stored blocks' places in a matrix ``[N, K]``, zeros beyond a ragged edge."""
     (n, k), (bn, bk) = w.shape, w.block
     padded = F.pad(whole, (0, w.block_cols * bk - k, 0, w.block_rows * bn - n))

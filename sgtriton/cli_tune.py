@@ -36,6 +36,7 @@ from .tuning import check_may_search, choices_of, tune_products
 _OK, _FAILED, _INTERRUPTED = 0, 1, 130
 _SECONDS, _ROWS = "60", "1,16,128"
 _SEED = 0
+_NO_SIZE = "a file says no image size: sgtriton.tune(model, example_input) chooses for convolutions"
 
 
 def add_command(commands: argparse._SubParsersAction[Any]) -> None:
@@ -53,7 +54,12 @@ def add_command(commands: argparse._SubParsersAction[Any]) -> None:
         metavar="MxNxK[,...]",
         help="rows of x, outputs and inputs of the weight, whose blocks are open at random",
     )
-    what.add_argument("--checkpoint", metavar="FILE", help="the linear layers that a file stores")
+    what.add_argument(
+        "--checkpoint",
+        metavar="FILE",
+        help="the linear layers that a file stores; it says no "
+        "image size, so convolutions take sgtriton.tune(model, example_input)",
+    )
     shapes = tune.add_argument_group("of --shapes")
     shapes.add_argument("--block", metavar="BNxBK", help=f"outputs x inputs; default: {BLOCK}")
     shapes.add_argument(
@@ -211,9 +217,12 @@ def _stored_products(
     left_out = "; ".join(f"{', '.join(names)} ({why})" for why, names in others.items())
     if not products:
         found = f"it stores {left_out}" if left_out else "it stores no sparse layer"
-        raise ValueError(f"checkpoint {path}: no linear layer in blocks to tune; {found}")
+        hint = f"; {_NO_SIZE}" if "convolutions" in others else ""
+        raise ValueError(f"checkpoint {path}: no linear layer in blocks to tune; {found}{hint}")
     if left_out:
         print_text(f"left out: {left_out}")
+        if "convolutions" in others:
+            print_text(_NO_SIZE)
     return products
 
 
@@ -268,7 +277,7 @@ def _explain(products: list[Product]) -> None:
     for row in choices_of(products):
         cell, choice = row.cell, row.choice
         parts = [row.name] if row.name else []
-        parts += [cell.op, f"M {cell.M}", f"weight {cell.N}x{cell.K}"]
+        parts += [cell.op, f"M {cell.M}", f"weight {cell.weight}"]
         parts += [f"blocks {cell.block[0]}x{cell.block[1]}", f"density {cell.density:.3f}"]
         print_text(", ".join(parts))
         text = f"takes {choice.candidate.name} ({choice.source}): {choice.reasons}"

@@ -45,7 +45,8 @@ def rank(
 
     Args:
         card_name: one of ``CARD_NAMES``.
-        cell: what is to be computed, by Triton's kernels.
+        cell: what is to be computed, by Triton's kernels; a pass of ``bsr_linear``: of a
+            convolution the model of a card would leave out that each tap reads ``x`` again.
         candidates: of the cell's pass; those without a tile are not compiled.
         compilers: processes to compile in; of this call's own if ``None``.
         deadline: by ``time.monotonic``; what is not compiled by then is dropped.
@@ -62,6 +63,7 @@ def rank(
     on = card(card_name)
     if cell.impl != "triton" or cell.native:
         raise ValueError(f"cell must be a product by Triton's kernels on a card, got {cell}")
+    _check_op(cell)
     if unknown := [c.name for c in candidates if c.tile is None and c.way != "unpack"]:
         raise ValueError(f"candidates must have a tile or be 'unpack', got {', '.join(unknown)}")
     limit = on.shared_program_kib * 1024
@@ -105,6 +107,7 @@ def faults(
     Returns:
         Of each the reason in words; ``None`` where there is none, or no kernel.
     """
+    _check_op(cell)
     if reason := why_not():
         raise ValueError(f"candidates cannot be compiled: {reason}")
     if arch not in SHARED_LIMITS:
@@ -120,6 +123,14 @@ def faults(
     else:
         built = iter(compilers.build(work, deadline, on_built))
     return [_fault(arch, cell, some, [next(built) for _ in some], limit) for some in launches]
+
+
+def _check_op(cell: Cell) -> None:
+    if not cell.op.startswith("bsr_linear "):
+        raise ValueError(
+            "cell must be a pass of bsr_linear, the model of a card describes no other; got "
+            f"{cell.op}"
+        )
 
 
 def _launches(arch: str, cell: Cell, tile: BsrTile) -> list[Launch]:

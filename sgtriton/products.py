@@ -17,6 +17,8 @@ from sgtriton_kernels.cell import Cell
 from torch import nn
 
 from .bsr_problem import BsrLinearProblem
+from .conv_problem import ConvProblem
+from .conv_products import ConvProduct, images_met
 from .gated_problem import GatedProduct, gated_products
 from .layers import GatedLinear
 from .problem import Problem
@@ -40,27 +42,29 @@ class Product:
     trains: bool = False
 
 
+AnyProduct = Product | ConvProduct | GatedProduct
+
+
 @torch.no_grad()
-def products_of(model: nn.Module, example_input: Any) -> list[Product | GatedProduct]:
-    """The block-sparse and gated linear layers of a model, and how many rows each is brought."""
-    rows: dict[str, list[int]] = {}
+def products_of(model: nn.Module, example_input: Any) -> list[AnyProduct]:
+    """The block-sparse and gated layers of a model, and what rows or images each is brought."""
+    rows: dict[str, list[Any]] = {}
     dtypes: dict[str, torch.dtype] = {}  # in which it computes, which autocast may say
     hooks = []
     layers = {
         name: layer
         for name, layer in model.named_modules()
         if isinstance(layer, GatedLinear)
-        or (
-            isinstance(layer, SparseModule)
-            and layer.dense_type is nn.Linear
-            and not layer.layout.per_weight
-        )
+        or (isinstance(layer, SparseModule) and not layer.layout.per_weight)
     }
 
     def note(name: str) -> Callable[..., None]:
         def hook(layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
             x = inputs[0] if inputs else named["input"]
-            m = x.numel() // max(x.shape[-1], 1)
+            if isinstance(layer, nn.Linear):
+                m = x.numel() // max(x.shape[-1], 1)
+            else:
+                m = images_met(layer, x)
             if m and m not in rows.setdefault(name, []):
                 rows[name].append(m)
             dtypes[name] = x.dtype
@@ -92,9 +96,10 @@ def products_of(model: nn.Module, example_input: Any) -> list[Product | GatedPro
             continue
         if not layer.matrix.nnz:
             continue
-        found.append(Product(name, layer.matrix.to(dtype), tuple(met), layer.trainable))
+        kind = Product if layer.dense_type is nn.Linear else ConvProduct
+        found.append(kind(name, layer.matrix.to(dtype), tuple(met), layer.trainable))
         if "merged" in layer.forms.values():
-            found.append(Product(name, layer._matrix_of("merged").to(dtype), tuple(met)))
+            found.append(kind(name, layer._matrix_of("merged").to(dtype), tuple(met)))
     return found
 
 
@@ -118,11 +123,11 @@ class Work:
     def label(self) -> str:
         """What it is called while it is worked on."""
         which = self.cell.op.split()[-1]
-        name = self.name or f"{self.cell.N}x{self.cell.K}"
+        name = self.name or self.cell.weight
         return f"{name}, M {self.cell.M}" + (f", {which}" if which != "fwd" else "")
 
 
-def work_of(products: Iterable[Product | GatedProduct]) -> Iterator[Work]:
+def work_of(products: Iterable[AnyProduct]) -> Iterator[Work]:
     """The passes that products consist of; of gated layers steps as a whole.
 
     Raises:
@@ -136,6 +141,11 @@ def work_of(products: Iterable[Product | GatedProduct]) -> Iterator[Work]:
         (n, k), like = w.shape, w.values
         impl = resolve_impl(None, like.device, "tune", why_no_kernel(like.dtype, w.block))
         _check_runs(impl)
+        if isinstance(product, ConvProduct):
+            for cell in product.cells(impl):
+                make = functools.partial(ConvProblem, cell, w)
+                yield Work(product.name, cell, like.device, make)
+            continue
         passes = ("fwd", "dx", "dvalues") if product.trains and impl == "triton" else ("fwd",)
         for m in product.rows:
             x, dy = like.new_empty(m, k), like.new_empty(m, n)

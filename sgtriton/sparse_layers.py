@@ -575,15 +575,20 @@ def blocks_conv(
     layer: nn.Module, input: torch.Tensor, matrix: BlockSparse, bias: torch.Tensor | None
 ) -> torch.Tensor:
     """The convolution of ``layer`` by the blocks of its weight."""
-    padding = layer.padding
-    if layer.padding_mode != "zeros":
-        sides = layer._reversed_padding_repeated_twice  # pyright: ignore
-        input, padding = nn.functional.pad(input, sides, mode=layer.padding_mode), 0  # pyright: ignore
+    input, padding = padded_input(layer, input)
     conv = bsr_conv1d if isinstance(layer, nn.Conv1d) else bsr_conv2d
     return conv(
         input, matrix, bias, layer.stride, padding, layer.dilation, layer.groups,  # pyright: ignore
         out_channels=layer.out_channels, kernel_size=layer.kernel_size,  # pyright: ignore
     )  # fmt: skip
+
+
+def padded_input(layer: nn.Module, input: torch.Tensor) -> tuple[torch.Tensor, Any]:
+    """What a convolution takes in place of ``input``, and the zeros that it adds itself."""
+    if layer.padding_mode == "zeros":
+        return input, layer.padding
+    sides = layer._reversed_padding_repeated_twice  # pyright: ignore
+    return nn.functional.pad(input, sides, mode=layer.padding_mode), 0  # pyright: ignore
 
 
 def compacted_conv(

@@ -78,7 +78,7 @@ class TuneReport:
             "layer": [row.name for row in self.rows],
             "pass": [row.cell.op.split()[-1] for row in self.rows],
             "M": [row.cell.M for row in self.rows],
-            "weight": [f"{row.cell.N}x{row.cell.K}" for row in self.rows],
+            "weight": [row.cell.weight for row in self.rows],
             "block": ["{}x{}".format(*row.cell.block) for row in self.rows],
             "density": [f"{row.cell.density:.3f}" for row in self.rows],
             "takes": [row.choice.candidate.name for row in self.rows],

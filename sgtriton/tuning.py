@@ -23,8 +23,7 @@ from sgtriton_kernels.records import architecture, cache_folder
 from torch import nn
 
 from .cross_compile import COPY_ENGINES
-from .gated_problem import GatedProduct
-from .products import Product, Work, products_of, work_of
+from .products import AnyProduct, Work, products_of, work_of
 from .search import Found, NoneRight, search
 from .tune_cache import sweep, write_record
 from .tune_ranks import agreed, in_group, receive_outcomes, send_outcomes
@@ -45,10 +44,11 @@ def tune(
 ) -> TuneReport:
     """Measure, for the products of a model's sparse and gated layers, which candidate is fastest.
 
-    The model runs once, in eval mode and without gradients, to see how many rows its layers meet.
-    Then the candidates of each product are checked against a dense product and timed in turns; the
-    present choice stays unless another is faster by more than the noise. What is found is kept in
-    the user's cache and taken from the next call on; the layers' forms stay as they are.
+    The model runs once, in eval mode and without gradients, to see how many rows its linear layers
+    meet and which images its convolutions. Then the candidates of each product are checked against
+    a dense product and timed in turns; the present choice stays unless another is faster by more
+    than the noise. What is found is kept in the user's cache and taken from the next call on; the
+    layers' forms stay as they are.
 
     Of gated linear layers in training mode a whole step is measured, forward and backward, with
     their gates as they are now; of those in eval mode the forward pass. On a CPU what is found
@@ -76,11 +76,11 @@ def tune(
     return tune_products(found, seconds, again=again, distributed=distributed, progress=progress)
 
 
-def _met_by(model: nn.Module, example_input: Any) -> Iterator[Product | GatedProduct]:
+def _met_by(model: nn.Module, example_input: Any) -> Iterator[AnyProduct]:
     found = products_of(model, example_input)
     if not found:
         raise ValueError(
-            "the model has no block-sparse linear layer and no gated one that the input reaches: "
+            "the model has no block-sparse layer and no gated linear one that the input reaches: "
             "sgtriton.sparsify and sgtriton.patch make them"
         )
     yield from found
@@ -102,7 +102,7 @@ def check_may_search(seconds: float, distributed: bool = False) -> None:
 
 
 def tune_products(
-    products: Iterable[Product | GatedProduct],
+    products: Iterable[AnyProduct],
     seconds: float,
     *,
     again: bool = False,
@@ -146,7 +146,7 @@ def tune_products(
     return report()
 
 
-def choices_of(products: Iterable[Product | GatedProduct]) -> list[Tuned]:
+def choices_of(products: Iterable[AnyProduct]) -> list[Tuned]:
     """What products take without a search, and by whose word; nothing is timed."""
     return [
         Tuned(item.name, item.cell, "not reached", choose(item.cell, item.device))

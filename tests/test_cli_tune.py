@@ -114,6 +114,7 @@ def test_linear_layers_of_a_file_are_tuned(cache, quick, checkpoint, capsys):
     assert main(["tune", "--checkpoint", checkpoint, "--rows", "1,16,16,5"]) == 0
     out = capsys.readouterr().out
     assert out.startswith("left out: conv (convolutions); single (a gate for each weight)\n")
+    assert "sgtriton.tune(model, example_input) chooses for convolutions" in " ".join(out.split())
     _, *rows = table(out)
     assert [row[:4] for row in rows] == [["blocks", m, "48x64", "16x16"] for m in ("1", "16", "5")]
     assert [(cell.M, cell.N, cell.K) for cell in quick] == [(1, 48, 64), (16, 48, 64), (5, 48, 64)]
@@ -325,6 +326,7 @@ def test_file_without_a_layer_to_tune_says_what_it_stores(tmp_path, capsys):
     err = capsys.readouterr().err
     assert "no linear layer in blocks to tune" in err
     assert "it stores conv (convolutions); single (a gate for each weight)" in err
+    assert err.rstrip().endswith("sgtriton.tune(model, example_input) chooses for convolutions")
 
 
 def test_layer_without_an_open_block_is_left_out(cache, quick, tmp_path, capsys):

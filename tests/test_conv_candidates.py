@@ -339,7 +339,7 @@ def test_choice_is_kept_with_the_layer_until_it_may_be_another(monkeypatch, cach
     case, asked = Case(device=device, kernel=(3, 3)), []
     from sgtriton_kernels import conv_choice as by
 
-    real = by.choose
+    real = lookup.choose
     monkeypatch.setattr(by, "choose", lambda *a: asked.append(a) or real(*a))
     for _ in range(3):
         case.out("torch")

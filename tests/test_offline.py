@@ -185,6 +185,9 @@ def test_what_cannot_be_ranked_is_refused(monkeypatch):
         rank("H300", CELL, [])
     with pytest.raises(ValueError, match="cell must be a product by Triton's kernels"):
         rank("H200", dataclasses.replace(CELL, impl="torch"), [])
+    conv = dataclasses.replace(CELL, op="bsr_conv fwd")
+    with pytest.raises(ValueError, match=r"must be a pass of bsr_linear, .* got bsr_conv fwd"):
+        rank("H200", conv, [])
     with pytest.raises(ValueError, match="must have a tile or be 'unpack', got loop"):
         rank("H200", CELL, [Candidate("loop", way="loop")])
     monkeypatch.setattr(offline, "why_not", lambda: "no compiler")

@@ -104,7 +104,7 @@ def check_ranks_that_differ_all_raise(folder: str, rank: int) -> None:
         tune(make_model(outputs=64 - 16 * rank))
     # what one of them cannot do
     dense = nn.Linear(64, 64)
-    message = "no block-sparse linear layer" if rank else "rank 1 cannot tune: .*no block-sparse"
+    message = "no block-sparse layer" if rank else "rank 1 cannot tune: .*no block-sparse"
     with pytest.raises(ValueError, match=message):
         tune(dense if rank else make_model())
     broken = make_model()

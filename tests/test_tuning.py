@@ -212,7 +212,7 @@ def test_no_time_is_refused(model, seconds):
 
 
 def test_model_without_sparse_layers_is_refused():
-    with pytest.raises(ValueError, match="no block-sparse linear layer"):
+    with pytest.raises(ValueError, match="no block-sparse layer"):
         tune(nn.Linear(4, 4), torch.randn(2, 4))
 
 
