@@ -30,6 +30,7 @@ from sgtriton.tables import format_table
 from . import (
     checks_blocks,
     checks_conv,
+    checks_conv_tiles,
     checks_gates,
     checks_large,
     checks_penalties,
@@ -71,6 +72,7 @@ def checks(place: Place) -> list[Check]:
         checks_tiles.bsr_linear_tile_checks(place),
         checks_blocks.bsr_linear_checks(place),
         checks_conv.bsr_conv_checks(place),
+        checks_conv_tiles.bsr_conv_tile_checks(place),
         checks_penalties.gate_penalties_checks(place),
         checks_penalties.pack_gates_checks(place),
         checks_conv.bsr_convert_checks(place),

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from sgtriton_kernels._triton import INTERPRETED
 
-from sgtriton.problem import _nan_filled
+from sgtriton.problem import nan_filled
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 
@@ -126,7 +126,7 @@ def judge(case: Case, repeats: int) -> None:
     """
     before = [t.detach().clone() for t in case.inputs]
     wanted, plain = case.wanted(), case.plain()
-    with _nan_filled():
+    with nan_filled():
         outs = case.run()
     _compare(outs, wanted, plain)
     first: Results | None = None

@@ -73,7 +73,7 @@ class Problem:
         wrong. Memory that a call takes is full of NaN, so that what it leaves out shows.
         """
         for inputs, expected in self._checks:
-            with _nan_filled():
+            with nan_filled():
                 found = self.compute(candidate, *inputs)
             wait_for(self.device)
             outs = (found,) if isinstance(found, torch.Tensor) else found
@@ -123,7 +123,7 @@ def _fp64_rate(device: torch.device) -> float:
 
 
 @contextlib.contextmanager
-def _nan_filled() -> Iterator[None]:
+def nan_filled() -> Iterator[None]:
     """Memory that is allocated, and what calls keep of it, is full of NaN."""
     fill_scratch(float("nan"))
     before = torch.get_deterministic_debug_mode()
