@@ -24,11 +24,12 @@ def with_results(text: str) -> str:
     """README.md with its parts as the results give them.
 
     Raises:
-        ValueError: the marks of a part are missing, or there several times.
+        ValueError: the marks of a part are missing, there several times, or in the wrong order.
     """
     for part, write in PARTS.items():
         begin, end = marks(part)
-        if text.count(begin) != 1 or text.count(end) != 1:
+        whole = text.count(begin) == text.count(end) == 1
+        if not whole or text.index(begin) > text.index(end):
             raise ValueError(f"README.md must hold the marks of its part {part!r} once")
         before, rest = text.split(begin)
         text = f"{before}{begin}{write()}\n{end}{rest.split(end)[1]}"

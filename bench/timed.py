@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from sgtriton_kernels._triton import INTERPRETED, why_not_triton
 
-from sgtriton.cold import ColdTimer
 from sgtriton.timing import samples_ms
 
 from .options import check_count, check_file
@@ -98,7 +97,7 @@ def take_turns(
         if not is_slow:
             calls[name] = call
     if calls:
-        taken = interleaved(list(calls.values()), device, seconds, rounds)
+        taken = samples_ms(list(calls.values()), device, seconds, rounds)
         for name, ms in zip(calls, taken, strict=True):
             found[name] = Taken(ms, found[name].peak_mib)
     return found
@@ -130,23 +129,6 @@ def fastest(taken: Mapping[str, Taken], names: tuple[str, ...]) -> float:
     """The least median of those that were measured; NaN where none was."""
     found = [taken[name].median for name in names if name in taken and taken[name].ms]
     return min(found, default=math.nan)
-
-
-def interleaved(
-    calls: list[Call], device: torch.device, seconds: float, rounds: int
-) -> list[list[float]]:
-    """Milliseconds of each call, sample by sample, in turns; on a GPU with a cold L2 cache."""
-    if device.type == "cpu":
-        return samples_ms(calls, device, seconds, rounds)
-    timer = ColdTimer(device)
-    samples: list[list[float]] = [[] for _ in calls]
-    for call in calls:
-        call()
-    end = time.perf_counter() + seconds
-    while len(samples[0]) < rounds or time.perf_counter() < end:
-        for call, taken in zip(calls, samples, strict=True):
-            taken.append(timer.ms(call))
-    return samples
 
 
 def difference(out: Any, expected: torch.Tensor, most: float | None = None) -> str | None:

@@ -8,7 +8,7 @@ import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Generic, TypeVar
@@ -16,6 +16,7 @@ from typing import Generic, TypeVar
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+_IMPORTS = 120.0  # seconds that a process may take to import, on a busy machine
 _CONTEXT = multiprocessing.get_context("spawn")  # a device does not survive a fork
 
 
@@ -32,6 +33,7 @@ class _Worker(Generic[Item]):
     connection: Connection
     item: Item
     began: float | None = None  # when it got its item; it has none while it imports
+    started: float = field(default_factory=time.monotonic)
 
     def give(self, item: Item) -> None:
         self.item, self.began = item, time.monotonic()
@@ -106,7 +108,9 @@ def _start(task: Callable[[Item], object], item: Item) -> _Worker[Item]:
 
 def _end(worker: _Worker, limit: float) -> float:
     """When a worker has had its time."""
-    return float("inf") if worker.began is None else worker.began + limit
+    if worker.began is None:
+        return worker.started + max(limit, _IMPORTS)
+    return worker.began + limit
 
 
 def _received(worker: _Worker):

@@ -110,7 +110,13 @@ def _table(arguments: argparse.Namespace, where: str, seconds: float) -> int:
         )
     if len(found) < len(cells) and code == _OK:
         print_text(f"{len(found)} of {len(cells)} products were ranked in {seconds:g} s")
-    _check_holds_no_more(out, held, len(found))
+    try:
+        _check_holds_no_more(out, held, len(found))
+    except ValueError as error:
+        if code != _INTERRUPTED:
+            raise
+        print_text(str(error))
+        return code
     write_table(out, table_of(where, found))
     gaining = sum(product.gain >= BELIEVED for product in found)
     print_text(f"wrote {out}: {gaining} of {len(found)} products gain {BELIEVED - 1:.0%} or more")

@@ -104,4 +104,7 @@ class ConvProblem(Problem):
 
     def _laid(self, t: torch.Tensor) -> torch.Tensor:
         """With channels side by side, if those of ``x`` are."""
-        return t.contiguous(memory_format=torch.channels_last) if self.cell.channels_last else t
+        if not self.cell.channels_last:
+            return t
+        # not contiguous(): of one channel both orders are, with other strides
+        return torch.empty_like(t, memory_format=torch.channels_last).copy_(t)

@@ -50,9 +50,11 @@ class ConvProduct:
     def cells(self, impl: str) -> Iterator[ConvCell]:
         """The passes that it consists of."""
         for images in self.met:
-            x = self.matrix.values.new_empty(images.shape)
-            if images.channels_last:
-                x = x.contiguous(memory_format=torch.channels_last)
+            values, last = self.matrix.values, torch.channels_last
+            x = torch.empty(
+                images.shape, dtype=values.dtype, device=values.device,
+                memory_format=last if images.channels_last else torch.contiguous_format,
+            )  # fmt: skip
             for which in ("fwd", "dx", "dvalues") if self.trains else ("fwd",):
                 yield conv_cell_of(which, self.matrix, images.geometry, impl, x)
 

@@ -55,6 +55,7 @@ class GatedProduct:
             count = int(open_gates(self.gate, self.kind).count_nonzero())
         else:
             count = count_open(self.gate, self.kind)
+        count = max(count, 1)  # a layer that is closed as a whole takes the record of the fewest
         for m in self.rows:
             cell = cell_of(
                 m, like, w_dtype, self.layout, self.kind, self.reopen, self.trains, self.dgate,

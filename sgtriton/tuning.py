@@ -51,9 +51,9 @@ def tune(
     layers' forms stay as they are.
 
     Of gated linear layers in training mode a whole step is measured, forward and backward, with
-    their gates as they are now; of those in eval mode the forward pass. On a CPU what is found
-    holds for about this share of open blocks. On a card nobody counts them during training and it
-    holds for any: tune with gates near the target there.
+    their gates as they are now; of those in eval mode the forward pass under ``no_grad``. On a CPU
+    what is found holds for about this share of open blocks. On a card nobody counts them during
+    training and it holds for any: tune with gates near the target there.
 
     Args:
         model: with layers made by :func:`.sparsify` or :func:`.patch`; not changed.

@@ -21,7 +21,8 @@ def test_readme_gets_its_parts_between_their_marks():
 def test_readme_without_the_marks_of_a_part_is_refused(name):
     text = readme.README.read_text(encoding="utf-8")
     begin, end = readme.marks(name)
-    for without in (text.replace(begin, ""), text.replace(end, ""), text + begin):
+    swapped = text.replace(begin, "?").replace(end, begin).replace("?", end)
+    for without in (text.replace(begin, ""), text.replace(end, ""), text + begin, swapped):
         with pytest.raises(ValueError, match=f"marks of its part '{name}'"):
             readme.with_results(without)
 

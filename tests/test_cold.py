@@ -6,8 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import timed
-from sgtriton import cold
+from sgtriton import cold, timing
 
 CARD = torch.device("cuda", 0)
 
@@ -69,10 +68,9 @@ def test_more_is_written_than_the_cache_of_a_card_holds(l2, expected, monkeypatc
     assert card.bytes == expected
 
 
-def test_bench_times_calls_on_a_card_by_the_same_timer(monkeypatch):
-    """It had a filling and events of its own."""
+def test_calls_in_turns_are_timed_cold_on_a_card_too(monkeypatch):
     card = Card(monkeypatch, 50 << 20)
-    taken = timed.interleaved([card.call, card.call], CARD, seconds=0.0, rounds=3)
+    taken = timing.samples_ms([card.call, card.call], CARD, seconds=0.0, rounds=3)
     assert taken == [[2.0] * 3] * 2
     one = ["fill", "sleep", "record", "call", "record", "wait"]
     assert card.log == ["call", "call", *one * 6]

@@ -75,13 +75,13 @@ def test_tiles_that_tables_name_are_compiled_for_the_blocks_they_are_named_for()
 
 
 def test_a_tile_is_compiled_for_the_cards_that_take_it(monkeypatch):
-    asked = []
-    monkeypatch.setattr(compile_report, "_measured", lambda work, jobs: asked.extend(work) or [])
+    monkeypatch.setattr(compile_report, "source_of", lambda variant: "-")
     everywhere, somewhere = (
         Variant("op", name, "tile", LAUNCH, targets=targets)
         for name, targets in (("a", ()), ("b", ("sm_90",)))
     )
-    compile_report.report([everywhere, somewhere], ["sm_80", "sm_90"], jobs=1)
+    work = compile_report.work_of([everywhere, somewhere], ["sm_80", "sm_90"])
+    asked = [(variant, row.target) for variant, row in work]
     assert asked == [(everywhere, "sm_80"), (everywhere, "sm_90"), (somewhere, "sm_90")]
 
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import assert_exact, integers
-from sgtriton_kernels import BlockSparse, bsr_conv1d, lookup, records
+from sgtriton_kernels import BlockSparse, bsr_conv1d, bsr_conv_torch, lookup, records
 from sgtriton_kernels import conv_candidates as module
 from sgtriton_kernels._triton import INTERPRETED
 from sgtriton_kernels.blocks import gate_layout, weight_to_matrix
-from sgtriton_kernels.bsr_conv_passes import conv_bwd
+from sgtriton_kernels.bsr_conv_passes import conv_blocks, conv_bwd
 from sgtriton_kernels.candidate import ANALYTIC
 from sgtriton_kernels.candidates import candidates, named
 from sgtriton_kernels.conv_arguments import geometry_of
@@ -391,3 +391,16 @@ def test_cell_counts_the_pixels_of_the_pass(device):
     assert case.x.shape[0] * 30 == cell.M
     assert cell.weight == "24x20x3x3"
     assert case.w.shape == (cell.N, cell.K)
+
+
+def test_what_a_capture_only_records_is_not_kept(monkeypatch):
+    """An eager call before the graph's first replay scattered blocks by an index never computed."""
+    w = BlockSparse.from_dense(torch.randn(32, 48), (16, 16), torch.eye(2, 3) > 0)
+    blocks = conv_blocks(w, ConvGeometry(48, 32, (1, 1)))
+    monkeypatch.setattr(bsr_conv_torch, "is_capturing", lambda device: True)
+    captured = blocks.places
+    assert blocks.places is not captured
+    monkeypatch.setattr(bsr_conv_torch, "is_capturing", lambda device: False)
+    kept = blocks.places
+    assert blocks.places is kept
+    assert kept.tolist() == [0, 4]

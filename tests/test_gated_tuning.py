@@ -113,7 +113,7 @@ def test_records_are_kept_and_a_second_run_times_nothing(cache, timings):
     report = tune(model, x, seconds=60)
     assert report.timed == len(report.rows) == 2
     assert timings
-    found = [records._read_json(path, 1 << 14) for path in cache.glob("*.json")]
+    found = [records.read_json(path, 1 << 14) for path in cache.glob("*.json")]
     assert {record["key"]["op"] for record in found} == {"gated_linear step"}
     assert all(record["ms"] > 0 for record in found)
     timings.clear()

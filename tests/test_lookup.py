@@ -220,6 +220,8 @@ def test_shipped_entries_fit_their_card():
         most = card(table.card).shared_program_kib * 1024
         for text, entry in table.entries.items():
             key = json.loads(text)
+            if entry["candidate"] == ANALYTIC:
+                continue
             tile = named(key["op"], "triton", False)[entry["candidate"]].tile
             bn, bk = map(int, key["block"].split("x"))
             cell = dataclasses.replace(LARGE, op=key["op"], block=(bn, bk))

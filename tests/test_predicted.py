@@ -85,6 +85,7 @@ def on_card(monkeypatch):
     def take(device_name, architecture):
         monkeypatch.setattr(records, "device_name", lambda device: device_name)
         monkeypatch.setattr(records, "architecture", lambda device: architecture)
+        monkeypatch.setattr(lookup, "fits", lambda *_: True)
         lookup.forget()
 
     take("NVIDIA H200", "sm_90")

@@ -91,3 +91,8 @@ def grads_with_graph(
     wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
     grads = iter(torch.autograd.grad(out(), wanted, dout, create_graph=True) if wanted else ())
     return [next(grads) if need else None for need in needs]
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether a graph is captured on a card, which nothing may wait for then."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

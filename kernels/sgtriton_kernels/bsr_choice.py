@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
+from . import pinned
 from ._operands import is_aligned
+from ._ops import is_capturing
 from ._triton import dot_precision, is_native
 from .block_products import Choices
 from .bsr import BlockSparse
 from .bsr_library import library_serves
 from .candidate import Candidate
-from .candidates import named
 from .cell import Cell
 from .lookup import choose, now
 from .tiles import BsrTile
@@ -68,11 +67,6 @@ def cell_of(which: str, w: BlockSparse, impl: str, *rows: torch.Tensor) -> Cell:
     )  # fmt: skip
 
 
-def is_capturing(device: torch.device) -> bool:
-    """Whether a graph is captured on a card, which nothing may wait for then."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
 def longest_row(crow: torch.Tensor) -> int | None:
     """Blocks of the longest block row; waits for the device, once, and never in a capture."""
     kept = None if crow.is_inference() else _longest.get(crow)
@@ -86,50 +80,16 @@ def longest_row(crow: torch.Tensor) -> int | None:
     return longest
 
 
-# by implementation and whether kernels are compiled for a CPU; no cache, which tracers warn of
-_NAMES = {
-    (impl, native): tuple(named("bsr_linear fwd", impl, native))
-    for impl, native in (("torch", False), ("triton", False), ("triton", True))
-}
-
-
 def name_of_choice(choice: BsrTile | str, w: BlockSparse, impl: str, x: torch.Tensor) -> str | None:
-    """A caller's choice as a name: what an op of PyTorch takes, and an exported program keeps.
-
-    Returns:
-        ``None`` of a tile where no kernel of Triton computes: there it says nothing.
+    """A caller's choice as a name; see :func:`.pinned.name_of_choice`.
 
     Raises:
         ValueError: a name of no candidate, or of one that cannot serve the product.
     """
-    if isinstance(choice, BsrTile):
-        return choice.name if impl == "triton" else None
-    known = _NAMES[impl, impl == "triton" and is_native(x.device)]
-    if choice not in known:
-        raise ValueError(f"tile must be a BsrTile or one of {', '.join(known)}; got {choice!r}")
-    if choice == "library" and not library_serves(w.shape, w.block, x.dtype):
+    name = pinned.name_of_choice("bsr_linear fwd", choice, impl, x.device)
+    if name == "library" and not library_serves(w.shape, w.block, x.dtype):
         raise ValueError(
             "tile 'library' takes square blocks that divide the weight, in fp32 or fp64, and a "
             f"PyTorch with MKL; got blocks of {w.block} in {w.shape}, {x.dtype}"
         )
-    return choice
-
-
-def choice_of_name(name: str, impl: str, device: torch.device) -> Candidate:
-    """The candidate, or else the tile, of a name that :func:`name_of_choice` gave.
-
-    Raises:
-        ValueError: there is none, since another version of this package gave the name.
-    """
-    return _choice_of_name(name, impl, impl == "triton" and is_native(device))
-
-
-@functools.lru_cache(_MOST)
-def _choice_of_name(name: str, impl: str, native: bool) -> Candidate:
-    known = named("bsr_linear fwd", impl, native).get(name)
-    if known is None and impl == "triton":
-        return Candidate(name, BsrTile.of_name(name))
-    if known is None:
-        names = ", ".join(_NAMES[impl, native])
-        raise ValueError(f"tile must be one of {names}; got {name!r}")
-    return known
+    return name

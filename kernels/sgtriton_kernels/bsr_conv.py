@@ -28,8 +28,9 @@ from .bsr_checks import check_agrees, check_dtype, check_kinds, why_no_kernel
 from .bsr_conv_passes import conv_bwd, conv_fwd, kept_conv_blocks
 from .bsr_conv_torch import result_format
 from .conv_arguments import geometry_of
-from .conv_choice import conv_choice, pack_conv_choice, unpack_conv_choice
+from .conv_choice import conv_choice, pinned_choice
 from .conv_geometry import ConvGeometry
+from .pinned import name_of_choice
 from .tiles import BsrTile
 
 
@@ -68,7 +69,8 @@ def bsr_conv2d(
         activation: ``"relu"`` | ``"gelu"`` | ``"gelu_tanh"`` | ``"silu"`` | ``None``.
         impl: ``"triton"`` | ``"torch"``; default: see :mod:`._impl`.
         tile: how it is computed: what one program of the Triton kernels computes, backward too, or
-            the name of one of :func:`.candidates` of forward; default: what :func:`.choose` finds.
+            the name of one of :func:`.candidates` of forward, of which a tile counts in backward
+            too; default: what :func:`.choose` finds.
 
     Returns:
         ``[B, O, H', W']`` or ``[O, H', W']``, dtype of ``x``; channels-last in memory where ``x``
@@ -180,13 +182,13 @@ def _bsr_conv(
     needs_grad = needs_graph(inputs)
     # backward takes what is added up, not what the activation makes of it
     fused = "none" if needs_grad else activation
-    packed = None if tile is None else pack_conv_choice(tile, impl, x)
+    named = None if tile is None else name_of_choice("bsr_conv fwd", tile, impl, x.device)
     if is_watched(*inputs):
-        out = _bsr_conv_op(*inputs, *w.index_tensors, geometry.pack(), fused, impl, packed)
+        out = _bsr_conv_op(*inputs, *w.index_tensors, geometry.pack(), fused, impl, named)
     elif needs_grad:
-        out = _BsrConv.apply(*inputs, w, (geometry, fused, impl, packed))
+        out = _BsrConv.apply(*inputs, w, (geometry, fused, impl, named))
     else:
-        out = _forward(*inputs, w, geometry, fused, impl, packed)
+        out = _forward(*inputs, w, geometry, fused, impl, named)
     return out if fused == activation else ACTIVATIONS[activation](out)
 
 
@@ -228,12 +230,12 @@ def _forward(
     geometry: ConvGeometry,
     activation: str,
     impl: str,
-    tile: Sequence[int] | None,
+    tile: str | None,
 ) -> torch.Tensor:
     """Compute the convolution; of ``w`` only shape and index are read."""
     if not x.shape[0] * math.prod(geometry.out_size(x.shape[2:])):
         return _empty(x, geometry, result_format(x))
-    chosen = unpack_conv_choice("fwd", tile, impl, x) or conv_choice("fwd", w, geometry, impl, x)
+    chosen = pinned_choice("fwd", tile, impl, x) or conv_choice("fwd", w, geometry, impl, x)
     return conv_fwd(x, values.contiguous(), bias, w, geometry, activation, impl, chosen)
 
 
@@ -244,7 +246,7 @@ def _backward(
     w: BlockSparse,
     geometry: ConvGeometry,
     impl: str,
-    tile: Sequence[int] | None,
+    tile: str | None,
     needs: Sequence[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of ``x``, the values and the bias; empty ones where nobody needs them."""
@@ -258,7 +260,7 @@ def _backward(
         )
     elif need_dx or need_dvalues:
         by_dx, by_dvalues = (
-            (unpack_conv_choice(which, tile, impl, x) or conv_choice(which, w, geometry, impl, x))
+            (pinned_choice(which, tile, impl, x) or conv_choice(which, w, geometry, impl, x))
             if needed
             else None
             for which, needed in (("dx", need_dx), ("dvalues", need_dvalues))
@@ -378,7 +380,7 @@ def _bsr_conv_fwd(
     geometry: Sequence[int],
     activation: str,
     impl: str,
-    tile: Sequence[int] | None,
+    tile: str | None,
 ) -> torch.Tensor:
     shape = ConvGeometry.unpack(geometry)
     w = _container(values, (crow, col, ccol, row, perm, row_order), shape)
@@ -403,7 +405,7 @@ def _bsr_conv_bwd(
     row_order: torch.Tensor,
     geometry: Sequence[int],
     impl: str,
-    tile: Sequence[int] | None,
+    tile: str | None,
     needs: Sequence[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     shape = ConvGeometry.unpack(geometry)

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch._prims_common import suggest_memory_format
 
+from ._ops import is_capturing
 from ._scratch import scratch_parts
 from .block_products import Choices
 from .candidate import Candidate
@@ -167,16 +168,29 @@ class ConvBlocks:
         """``col`` as numbers."""
         return self.col.tolist()
 
-    @cached_property
+    @property
     def row(self) -> torch.Tensor:
         """``[nnz]``, the block row of each block."""
-        return torch.repeat_interleave(self.crow.diff(), output_size=self.nnz)
+        return self._kept(
+            "_row", lambda: torch.repeat_interleave(self.crow.diff(), output_size=self.nnz)
+        )
 
-    @cached_property
+    @property
     def places(self) -> torch.Tensor | None:
         """``[nnz]`` int64, where each block lies in the grid; ``None`` where all are stored."""
         rows, cols = self.grid
-        return None if self.nnz == rows * cols else self.row.long() * cols + self.col
+        if self.nnz == rows * cols:
+            return None
+        return self._kept("_places", lambda: self.row.long() * cols + self.col)
+
+    def _kept(self, name: str, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """What was made once; not what a graph's capture has only recorded."""
+        found = self.__dict__.get(name)
+        if found is None:
+            found = make()
+            if not is_capturing(found.device):
+                self.__dict__[name] = found
+        return found
 
     @cached_property
     def overhanging(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -24,11 +24,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ._autocast import cast_inputs, without_autocast
 from ._impl import resolve_impl
-from ._ops import grads_with_graph, is_watched, needs_graph, register_op
+from ._ops import grads_with_graph, is_capturing, is_watched, needs_graph, register_op
 from .activations import ACTIVATIONS, check_activation
 from .bsr import BlockSparse
 from .bsr_checks import check_agrees, check_dtype, check_kinds, why_no_kernel
-from .bsr_choice import cell_of, choice_for, choice_of_name, is_capturing, name_of_choice
+from .bsr_choice import cell_of, choice_for, name_of_choice
 from .bsr_product import (
     PairedRows,
     bsr_linear_dvalues,
@@ -39,6 +39,7 @@ from .bsr_product import (
 )
 from .bsr_torch import bsr_linear_bwd_torch, bsr_linear_torch
 from .lookup import analytic
+from .pinned import choice_of_name
 from .tiles import BsrTile
 
 
@@ -150,7 +151,7 @@ def _forward(
     if tile is None:
         chosen = choice_for("fwd", w, impl, x2)
     else:
-        chosen = choice_of_name(tile, impl, x2.device)
+        chosen = choice_of_name("bsr_linear fwd", tile, impl, x2.device)
     is_paired = chosen.tile is not None and chosen.tile.form == "pairs"
     if is_paired and tile is None and is_capturing(x2.device) and _kept_pairs(w) is None:
         chosen = analytic(cell_of("fwd", w, impl, x2)).candidate  # listing pairs would wait

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 
@@ -12,11 +11,10 @@ from .bsr import BlockSparse
 from .bsr_choice import longest_row
 from .bsr_conv_passes import conv_blocks
 from .candidate import Candidate
-from .candidates import named
 from .conv_cell import ConvCell
 from .conv_geometry import ConvGeometry
 from .lookup import choose, now
-from .tiles import BsrTile
+from .pinned import choice_of_name
 
 _MOST = 256  # choices that are kept with a layer
 
@@ -71,38 +69,12 @@ def conv_cell_of(
     )  # fmt: skip
 
 
-def pack_conv_choice(choice: BsrTile | str, impl: str, x: torch.Tensor) -> list[int] | None:
-    """A caller's choice as numbers, which is what an op of PyTorch takes.
+def pinned_choice(which: str, name: str | None, impl: str, x: torch.Tensor) -> Candidate | None:
+    """What a caller named, where it says something of a pass.
 
-    Returns:
-        ``None`` of a tile where no kernel of Triton computes: there it says nothing.
-
-    Raises:
-        ValueError: a name of no candidate.
+    A tile is taken by all passes, which a kernel computes; another name is one of forward.
     """
-    if isinstance(choice, BsrTile):
-        return choice.pack() if impl == "triton" else None
-    known = named("bsr_conv fwd", impl, impl == "triton" and is_native(x.device))
-    if choice not in known:
-        raise ValueError(f"tile must be a BsrTile or one of {', '.join(known)}; got {choice!r}")
-    return [[*known].index(choice)]
-
-
-def unpack_conv_choice(
-    which: str, numbers: Sequence[int] | None, impl: str, x: torch.Tensor
-) -> Candidate | None:
-    """What :func:`pack_conv_choice` made numbers of, where it says something of the pass.
-
-    A tile is taken by all passes that a kernel computes, a name is one of forward.
-    """
-    if not numbers:
+    if name is None:
         return None
-    if len(numbers) == 1:
-        if which != "fwd":
-            return None
-        known = named("bsr_conv fwd", impl, impl == "triton" and is_native(x.device))
-        return [*known.values()][numbers[0]]
-    if impl != "triton":
-        return None
-    tile = BsrTile.unpack(numbers)
-    return Candidate(tile.name, tile)
+    found = choice_of_name("bsr_conv fwd", name, impl, x.device)
+    return found if which == "fwd" or found.tile is not None else None

@@ -200,8 +200,15 @@ _SOURCES = {
         "gated_torch.py",
         "skip_torch.py",
     ),
-    ("bsr_conv", "triton"): ("_bf16.py", "_triton.py", "activations.py", "bsr_conv_product.py"),
-    ("bsr_conv", "torch"): ("_scratch.py", "bsr_conv_torch.py"),
+    ("bsr_conv", "triton"): (
+        "_bf16.py",
+        "_triton.py",
+        "activations.py",
+        "bsr_conv_passes.py",
+        "bsr_conv_product.py",
+        "bsr_conv_torch.py",
+    ),
+    ("bsr_conv", "torch"): ("_scratch.py", "bsr_conv_passes.py", "bsr_conv_torch.py"),
 }
 
 

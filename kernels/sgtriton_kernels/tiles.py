@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -76,20 +75,6 @@ class BsrTile:
         return cls(
             int(n), int(m), int(k), int(stages), int(warps), form, int(split or 1), bulk is not None
         )
-
-    def pack(self) -> list[int]:
-        """As numbers, which is what an op of PyTorch takes."""
-        # one by one: not every tracer follows what runs over all fields
-        return [
-            self.BLOCK_N, self.BLOCK_M, self.BLOCK_K, self.num_stages, self.num_warps,
-            BSR_FORMS.index(self.form), self.split, int(self.bulk),
-        ]  # fmt: skip
-
-    @classmethod
-    def unpack(cls, numbers: Sequence[int]) -> BsrTile:
-        """The tile that :meth:`pack` made ``numbers`` of."""
-        n, m, k, stages, warps, form, split, bulk = numbers
-        return cls(n, m, k, stages, warps, BSR_FORMS[form], split, bool(bulk))
 
 
 _PROGRAMS = 264  # two for each multiprocessor of an H100
