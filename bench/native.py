@@ -32,9 +32,8 @@ _TEXT = """
 ## The kernel of `bsr_linear` in native CPU code
 
 Blocks of {block}x{block}, weight {N}x{K}, fp32, Triton {triton} compiled for {cpu}, {threads}
-threads, commit {commit}; beside `F.linear` on the dense weight in the same turns. The one dense
-weight stays in a last cache of 16 MiB or more between its turns, which makes one row faster than in
-the table of serving. The ideal is 1 / density. Rerun: `make bench-serve`.
+threads, commit {commit}; beside `F.linear` on the dense weight in the same turns. The ideal is
+1 / density. Rerun: `make bench-serve`.
 
 """
 

@@ -25,8 +25,7 @@ chooses a form for each bucket of M by timing) and called under `torch.inference
 with a cold second-level cache; {threads} threads of {device}, PyTorch {torch}, commit {commit}.
 Speed-up over the dense layer: `F.linear`, on a CPU for 16 bits the faster of these and of a copy of
 the weight in fp32. Geometric means over (N, K) = {shapes}; the ideal is 1 / density.
-Peers, in the same turns: {peers} (onnxruntime's threads do not spin between calls). What several
-copies of a large weight take turns for comes from memory, as in a model that no cache holds. Rerun:
+Peers, in the same turns: {peers} (onnxruntime's threads do not spin between calls). Rerun:
 `{rerun}`. All cells: `{file}`.
 
 """
