@@ -29,8 +29,9 @@ _HEAD = """# Measurements
 
 Written by `python -m bench report` from the CSVs in `bench/results`; edit neither by hand. Every
 figure was measured, beside what it is compared with, unless its section says *predicted*; what is
-not here was not measured. At each timed call the second-level cache is cold, on a CPU too, and larger
-ones hold what the candidate left there in a call just before, unless a section says otherwise. Records of a user's own tuner are neither read nor written.
+not here was not measured. At each timed call the second-level cache is cold, on a CPU too, and
+larger ones hold what the candidate left there in a call just before, unless a section says
+otherwise. Records of a user's own tuner are neither read nor written.
 
 `python -m bench sweep train|serve|conv|model` measures a grid again, with `--device cuda` on a
 card, with `--quick --out FILE` a small one; a run that was stopped goes on where it was. Then
