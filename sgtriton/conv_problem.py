@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -13,7 +14,7 @@ from sgtriton_kernels.candidate import Candidate
 from sgtriton_kernels.conv_cell import ConvCell
 
 from .bsr_problem import taken
-from .problem import Problem
+from .problem import Problem, least_time
 
 
 class ConvProblem(Problem):
@@ -102,9 +103,20 @@ class ConvProblem(Problem):
         dense = outputs * g.out_channels * g.in_per_group * g.taps
         return dense, dense * self.cell.density
 
+    def check_rate(self) -> float:
+        return _fp64_rate(self.device)
+
     def _laid(self, t: torch.Tensor) -> torch.Tensor:
         """With channels side by side, if those of ``x`` are."""
         if not self.cell.channels_last:
             return t
         # not contiguous(): of one channel both orders are, with other strides
         return torch.empty_like(t, memory_format=torch.channels_last).copy_(t)
+
+
+@functools.cache
+def _fp64_rate(device: torch.device) -> float:
+    """Multiply-adds a second of a convolution in fp64, about; far fewer than a product's."""
+    x = torch.ones(1, 64, 18, 18, dtype=torch.float64, device=device)
+    w = torch.ones(64, 64, 3, 3, dtype=torch.float64, device=device)
+    return w.numel() * 16 * 16 / least_time(device, lambda: F.conv2d(x, w))

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -54,6 +54,10 @@ class Problem:
         """Multiply-adds of :meth:`expected`, and of what a candidate computes."""
         raise NotImplementedError
 
+    def check_rate(self) -> float:
+        """Multiply-adds a second of :meth:`expected`, about."""
+        return _fp64_rate(self.device)
+
     def call(self, candidate: Candidate) -> object:
         """Compute the product, to be timed."""
         return self.compute(candidate, *self._inputs)
@@ -64,7 +68,7 @@ class Problem:
         The products that results are compared with, and those of each candidate.
         """
         dense, each = self.check_work()
-        return _CHECKS * (dense + count * each) / _fp64_rate(self.device)
+        return _CHECKS * (dense / self.check_rate() + count * each / _fp64_rate(self.device))
 
     def wrong(self, candidate: Candidate) -> str | None:
         """Why a candidate's results are wrong, or ``None``.
@@ -112,14 +116,19 @@ class Problem:
 def _fp64_rate(device: torch.device) -> float:
     """Multiply-adds a second of a product in fp64, about."""
     x, w = (torch.ones(n, 1024, dtype=torch.float64, device=device) for n in (64, 1024))
+    return x.numel() * len(w) / least_time(device, lambda: torch.matmul(x, w))
+
+
+def least_time(device: torch.device, call: Callable[[], object]) -> float:
+    """Seconds of a call, the least of a few."""
     seconds = []
     for _ in range(3):
         wait_for(device)
         begin = time.perf_counter()
-        torch.matmul(x, w)
+        call()
         wait_for(device)
         seconds.append(time.perf_counter() - begin)
-    return x.numel() * len(w) / max(min(seconds), 1e-9)
+    return max(min(seconds), 1e-9)
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from test_conv_candidates import geometry_of_case
 from torch import nn
 
 import sgtriton
-from sgtriton import cold, conv_problem
+from sgtriton import cold, conv_problem, problem
 from sgtriton.conv_problem import ConvProblem
 from sgtriton.conv_products import ConvProduct, images_met
 from sgtriton.products import products_of, work_of
@@ -136,6 +136,27 @@ def test_table_shows_the_weights_of_convolutions(model, cache):
 def problem_of(case, which, impl, device):
     cell = conv_cell_of(which, case.w, geometry_of_case(case), impl, case.x)
     return ConvProblem(cell, case.w, torch.Generator(device).manual_seed(0))
+
+
+@pytest.fixture
+def rates(monkeypatch):
+    """As if a convolution in fp64 took a second, and products took no time."""
+    conv_problem._fp64_rate.cache_clear()
+    monkeypatch.setattr(conv_problem, "least_time", lambda device, call: call() is None or 1.0)
+    monkeypatch.setattr(problem, "_fp64_rate", lambda device: float("inf"))
+    yield
+    conv_problem._fp64_rate.cache_clear()
+
+
+@pytest.mark.parametrize("which", ["fwd", "dx", "dvalues"])
+def test_time_of_the_convolution_that_is_compared_with_is_not_reckoned_as_that_of_a_product(
+    which, rates, device
+):
+    """A library's convolution in fp64 is far slower: searches were begun that ended in nothing."""
+    found = problem_of(Case(device=device), which, "torch", device)
+    dense, _ = found.check_work()
+    assert dense > 0
+    assert found.least_seconds(5) == pytest.approx(2 * dense / (64 * 64 * 9 * 16 * 16))
 
 
 @pytest.mark.parametrize("which", ["fwd", "dx", "dvalues"])
