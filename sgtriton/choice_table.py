@@ -21,6 +21,7 @@ from sgtriton_kernels.records import key_text, read_json, source
 from .files import replace_file
 from .tune_report import Tuned
 
+_OP = "bsr_linear"  # what tables are of
 _MOST_BYTES = 1 << 24  # of a table; a longer file is none
 
 
@@ -37,16 +38,23 @@ def make_table(
         name: of the card; of another device what its driver calls it.
         architecture: ``"sm_90"``, ...
         status: ``"measured"`` | ``"predicted"``.
-        entries: each with ``key``, ``candidate`` and ``gain``.
+        entries: each with ``key``, ``candidate`` and ``gain``; of one implementation.
         facts: for a reader.
+
+    Raises:
+        ValueError: an entry of another op than ``bsr_linear``, whose source a table names.
     """
+    ops = {entry["key"]["op"].split(" ")[0] for entry in entries}
+    if others := sorted(ops - {_OP}):
+        raise ValueError(f"entries must be of {_OP}, got some of {', '.join(others)}")
+    impl = entries[0]["key"]["impl"] if entries else "triton"
     return {
         "card": name,
         "architecture": architecture,
         "status": status,
         **facts,
         "triton": version(),
-        "source": source("bsr_linear", "triton"),
+        "source": source(_OP, impl),
         "entries": list(entries),
     }
 

@@ -17,7 +17,13 @@ from sgtriton_kernels.cell import Cell
 from sgtriton_kernels.lookup import analytic, choose
 
 from sgtriton import predicted
-from sgtriton.choice_table import file_name, measured_entries, products_held, write_table
+from sgtriton.choice_table import (
+    file_name,
+    make_table,
+    measured_entries,
+    products_held,
+    write_table,
+)
 from sgtriton.compilers import NO_TIME
 from sgtriton.offline import Ranked
 from sgtriton.predicted import (
@@ -282,6 +288,22 @@ def test_what_was_measured_to_be_best_by_reasoning_is_not_a_neighbours_either():
     assert found == [(128, OTHER.name), (64, ANALYTIC)]
     rows = [row(own, REASONED, "not reached"), row(near, OTHER)]
     assert [e["key"]["rows"] for e in measured_entries(rows)] == [128]
+
+
+def test_table_names_the_source_of_what_computes_its_entries():
+    """It was that of bsr_linear's kernels whatever the entries were of."""
+    entry = {"key": CELL.key(), "candidate": OTHER.name, "gain": 2.0}
+
+    def made(**change):
+        other = entry | {"key": entry["key"] | change}
+        return make_table("H200", "sm_90", "measured", [other], {})["source"]
+
+    assert made() == records.source("bsr_linear", "triton")
+    assert made(op="bsr_linear dx") == made()
+    assert made(impl="torch") == records.source("bsr_linear", "torch") != made()
+    for op in ("bsr_conv fwd", "gated_linear step"):
+        with pytest.raises(ValueError, match=f"must be of bsr_linear, got some of {op.split()[0]}"):
+            made(op=op)
 
 
 def test_products_that_shipped_tables_were_ranked_for_take_their_own_entry_or_reasoning():
