@@ -23,6 +23,7 @@ from .tune_report import Tuned
 
 _OP = "bsr_linear"  # what tables are of
 _MOST_BYTES = 1 << 24  # of a table; a longer file is none
+_MOST_GAIN = 1e3  # infinite where reasoning is wrong, which no JSON holds
 
 
 def make_table(
@@ -60,21 +61,21 @@ def make_table(
 
 
 def measured_entries(rows: Iterable[Tuned]) -> list[dict[str, Any]]:
-    """An entry for each product that was timed and is not computed as reasoning has it.
+    """An entry for each product that was timed and that something computes faster than reasoning.
 
-    And for those near them that are, see :func:`with_stops`.
+    And for those near them that nothing does, see :func:`with_stops`.
     """
     entries, reasoned = {}, []
     for row in rows:
         if row.status not in ("kept", "changed"):
             continue
-        key, gain = row.cell.key(), min(row.gain, 1e3)  # infinite where reasoning was wrong
-        if row.choice.candidate == analytic(row.cell).candidate:
+        key, gain = row.cell.key(), round(min(row.over_reasoned, _MOST_GAIN), 2)
+        if row.choice.candidate == analytic(row.cell).candidate or not gain > 1:
             entries.pop(key_text(key), None)
             reasoned.append(key)
         else:
             name = row.choice.candidate.name
-            entries[key_text(key)] = {"key": key, "candidate": name, "gain": round(gain, 2)}
+            entries[key_text(key)] = {"key": key, "candidate": name, "gain": gain}
     return with_stops([*entries.values()], reasoned)
 
 

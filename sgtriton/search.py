@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sgtriton_kernels.candidate import Candidate
 
@@ -30,6 +30,8 @@ class Found:
         gain: how much faster it is, by the median of its ratios in each round.
         timed: how many candidates were.
         skipped: name -> why a candidate is out of the question.
+        over_reasoned: how much faster it is than what reasoning gives, likewise; infinite where
+            that is out of the question, NaN where it was not given.
     """
 
     candidate: Candidate
@@ -38,6 +40,7 @@ class Found:
     gain: float
     timed: int
     skipped: dict[str, str]
+    over_reasoned: float = float("nan")
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ def search(
     others: Sequence[Candidate],
     until: float,
     say: Callable[[str], None] = lambda text: None,
+    reasoned: Candidate | None = None,
 ) -> Found | NoneRight | None:
     """Find the fastest of some candidates.
 
@@ -69,13 +73,15 @@ def search(
         others: those to compare it with, most promising first.
         until: when to stop, by ``time.perf_counter``.
         say: gets a line for each candidate that is skipped.
+        reasoned: what is taken without a record; compared as well, however slow it is.
 
     Returns:
         ``None`` where the time did not suffice to decide.
     """
     timer, skipped = ColdTimer(problem.device), {}
     first: dict[Candidate, float] = {}
-    for candidate in [present, *(c for c in others if c != present)]:
+    always = [present] if reasoned is None else [present, reasoned]
+    for candidate in dict.fromkeys([*always, *others]):
         if time.perf_counter() > until:
             return None
         reason = _why_not(problem, candidate)
@@ -93,11 +99,15 @@ def search(
     if not first:
         return NoneRight(skipped)
     best = min(first.values())
-    kept = [c for c, ms in first.items() if ms <= _HOPELESS * best or c == present]
+    kept = [c for c, ms in first.items() if ms <= _HOPELESS * best or c in always]
     samples = _in_turns(problem, kept, timer, until)
     if len(samples[kept[0]]) < _FEWEST:
         return None
-    return _decide(samples, present if present in first else None, len(first), skipped)
+    found = _decide(samples, present if present in first else None, len(first), skipped)
+    if reasoned is None:
+        return found
+    over = _ratios(samples, reasoned, found.candidate) if reasoned in first else [float("inf")]
+    return replace(found, over_reasoned=statistics.median(over))
 
 
 def _why_not(problem: Problem, candidate: Candidate) -> str | None:
@@ -147,10 +157,16 @@ def _decide(
     best = min(medians, key=lambda candidate: medians[candidate])
     if present is None:
         return Found(best, medians[best], float("nan"), float("inf"), timed, skipped)
-    ratios = sorted(
-        before / after for before, after in zip(samples[present], samples[best], strict=False)
-    )
+    ratios = _ratios(samples, present, best)
     gain, surely = statistics.median(ratios), ratios[len(ratios) // 4]
     if best == present or gain <= GAIN or surely <= 1:
         best, gain = present, 1.0
     return Found(best, medians[best], medians[present], gain, timed, skipped)
+
+
+def _ratios(
+    samples: Mapping[Candidate, list[float]], before: Candidate, after: Candidate
+) -> list[float]:
+    """How much faster one is than another, by round, the least first."""
+    rounds = zip(samples[before], samples[after], strict=False)
+    return sorted(slow / fast for slow, fast in rounds)

@@ -27,6 +27,8 @@ class Tuned:
             that was wrong.
         ms: median of a call, of what is taken now; NaN where nothing was timed.
         skipped: candidate -> why it was out of the question.
+        over_reasoned: how much faster than what reasoning gives; infinite where that is out of the
+            question, NaN where nothing was timed.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Tuned:
     gain: float = 1.0
     ms: float = float("nan")
     skipped: dict[str, str] = field(default_factory=dict)
+    over_reasoned: float = float("nan")
 
     @property
     def result(self) -> str:

@@ -16,14 +16,13 @@ from typing import Any
 import torch
 from sgtriton_kernels._autocast import without_autocast
 from sgtriton_kernels.candidate import ANALYTIC
-from sgtriton_kernels.candidates import candidates
 from sgtriton_kernels.cell import Cell
 from sgtriton_kernels.lookup import Choice, analytic, choose, full_key, recordable, recorded, tell
-from sgtriton_kernels.records import architecture, cache_folder
+from sgtriton_kernels.records import cache_folder
 from torch import nn
 
-from .cross_compile import COPY_ENGINES
 from .products import AnyProduct, Work, products_of, work_of
+from .promising import contenders
 from .search import Found, NoneRight, search
 from .tune_cache import sweep, write_record
 from .tune_ranks import agreed, in_group, receive_outcomes, send_outcomes
@@ -214,8 +213,8 @@ def _tune_one(
 ) -> Tuned:
     cell, device = item.cell, item.device
     present = choose(cell, device)
-    others = candidates(cell, architecture(device) in COPY_ENGINES)
-    if len(others) < 2:
+    others = contenders(cell, device)
+    if others == [present.candidate]:
         return Tuned(item.name, cell, "no choice", present)
     if time.perf_counter() > until:
         return Tuned(item.name, cell, "not reached", present)
@@ -224,8 +223,9 @@ def _tune_one(
         if time.perf_counter() + problem.least_seconds(len(others)) > until:
             return Tuned(item.name, cell, "not reached", present)
         found = search(
-            problem, present.candidate, others, until, lambda text: say(f"{item.label}: {text}")
-        )
+            problem, present.candidate, others, until, lambda text: say(f"{item.label}: {text}"),
+            analytic(cell).candidate,
+        )  # fmt: skip
     if found is None:
         return Tuned(item.name, cell, "not reached", present)
     if isinstance(found, NoneRight):
@@ -261,7 +261,10 @@ def _keep(
         notes.append(_kept_here(reason))
     tell(key, name)
     status = "kept" if found.candidate == present.candidate else "changed"
-    return Tuned(item.name, cell, status, choose(cell, device), found.gain, found.ms, found.skipped)
+    return Tuned(
+        item.name, cell, status, choose(cell, device), found.gain, found.ms, found.skipped,
+        found.over_reasoned,
+    )  # fmt: skip
 
 
 def _outcome(row: Tuned | None) -> tuple[str, str | None]:

@@ -218,7 +218,8 @@ def test_the_tuning_part_writes_what_it_found(few_products, tmp_path, monkeypatc
         cell = replace(row.cell, nnz=len(found) + 1, block=(8 << len(found),) * 2)
         loop = next(c for c in candidates(cell) if c.name == "loop")
         choice = replace(row.choice, candidate=loop, source="cache")
-        found.append(replace(row, cell=cell, status="changed", choice=choice, gain=2.0, ms=1.5))
+        gained = {"gain": 2.0, "over_reasoned": 2.0, "ms": 1.5}
+        found.append(replace(row, cell=cell, status="changed", choice=choice, **gained))
         return replace(report, rows=(found[-1],))
 
     monkeypatch.setattr(card_parts, "tune_products", plant)

@@ -35,7 +35,7 @@ def quick(monkeypatch):
     """Finds at once that filling in the zeros is the fastest; collects what it was asked."""
     asked = []
 
-    def found(problem, present, others, until, say):
+    def found(problem, present, others, until, say, reasoned):
         asked.append(problem.cell)
         unpack = next(candidate for candidate in others if candidate.name == "unpack")
         return search.Found(unpack, 0.25, 0.5, 2.0, 3, {})

@@ -280,7 +280,8 @@ def test_a_product_that_reasoning_serves_best_does_not_take_a_neighbours_tile(fo
 
 def test_what_was_measured_to_be_best_by_reasoning_is_not_a_neighbours_either():
     def row(cell, candidate, status="kept"):
-        return Tuned("", cell, status, lookup.Choice(candidate, "cache", ""), 1.5, 1.0)
+        choice = lookup.Choice(candidate, "cache", "")
+        return Tuned("", cell, status, choice, 1.5, 1.0, over_reasoned=1.5)
 
     own, near, far = with_rows(64, 128, 1024)
     rows = [row(own, REASONED), row(near, OTHER), row(far, analytic(far).candidate)]

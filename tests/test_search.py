@@ -1,5 +1,6 @@
 """The search: what is wrong or fails is out, what is not surely faster changes nothing."""
 
+import math
 import os
 import random
 import subprocess
@@ -58,11 +59,12 @@ class Fake:
 
 @pytest.fixture
 def run(monkeypatch):
-    def run(fake, present="a", until=None, say=lambda text: None):
+    def run(fake, present="a", until=None, say=lambda text: None, reasoned=None):
         monkeypatch.setattr(module, "ColdTimer", fake.timer)
         own = [c for c in CANDIDATES if c.name in fake.ms]
         ends = time.perf_counter() + 60 if until is None else until
-        return search(fake, own[NAMES.index(present)], own, ends, say)
+        by_reason = None if reasoned is None else own[NAMES.index(reasoned)]
+        return search(fake, own[NAMES.index(present)], own, ends, say, by_reason)
 
     return run
 
@@ -154,6 +156,35 @@ def test_hopeless_candidates_cost_one_call(run):
     run(fake)
     assert counts["b"] == 1
     assert counts["c"] > 20
+
+
+@pytest.mark.parametrize(("present", "best"), [("a", 0.5), ("b", 0.5), ("c", 0.5), ("b", 1.0)])
+def test_what_is_gained_over_reasoning_is_known_whatever_was_taken_before(present, best, run):
+    """Reasoning's candidate left the race where another was far ahead, or was never in it."""
+    fake = Fake({"a": 1.0, "b": best, "c": 40.0})
+    counts = dict.fromkeys("abc", 0)
+    real = fake.call
+
+    def call(candidate):
+        counts[candidate.name] += 1
+        real(candidate)
+
+    fake.call = call
+    found = run(fake, present, reasoned="c")
+    assert found.candidate.name == "b"
+    assert found.over_reasoned == pytest.approx(40 / best)
+    assert counts["c"] > 5
+    assert math.isnan(run(fake, present).over_reasoned)  # it was not asked for
+
+
+def test_reasoning_that_stays_gains_nothing_over_itself(run):
+    found = run(Fake({"a": 1.0, "b": 2.0}), "b", reasoned="a")
+    assert (found.candidate.name, found.gain, found.over_reasoned) == ("a", 2.0, 1.0)
+
+
+def test_reasoning_that_is_wrong_is_gained_over_without_end(run):
+    found = run(Fake({"a": 1.0, "b": 2.0}, wrong={"a": "wrong"}), "b", reasoned="a")
+    assert (found.candidate.name, found.over_reasoned) == ("b", float("inf"))
 
 
 def problem(which="fwd", m=20, side=16, dtype=torch.float32):

@@ -1,16 +1,20 @@
 """sgtriton.tune: which products a model meets, in bounded time, remembered."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import assert_exact
 from sgtriton_kernels import lookup, records
+from sgtriton_kernels.candidates import candidates
 from sgtriton_kernels.cell import Cell
 from torch import nn
 
 import sgtriton
-from sgtriton import cold, problem, tuning
+from sgtriton import cold, problem, search, tuning
+from sgtriton.choice_table import measured_entries
+from sgtriton.products import Work
 from sgtriton.tuning import Tuned, TuneReport, products_of, tune, tune_products
 
 
@@ -98,6 +102,89 @@ def test_model_is_as_it_was(model):
     assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
 
 
+@pytest.fixture
+def told(monkeypatch):
+    """Candidates of a product for a card whose times are told, in a problem without products."""
+
+    class Timer:
+        def __init__(self, device):
+            pass
+
+        def ms(self, call):
+            return call()
+
+    monkeypatch.setattr(search, "ColdTimer", Timer)
+    monkeypatch.setattr(tuning, "work_of", iter)
+
+    def plant(cell, ms):
+        found = SimpleNamespace(
+            device=torch.device("cpu"), least_seconds=lambda count: 0.0,
+            wrong=lambda candidate: None, call=lambda candidate: ms(candidate.name),
+        )  # fmt: skip
+        return Work("told", cell, found.device, lambda random: found)
+
+    return plant
+
+
+TILED = Cell("bsr_linear fwd", "triton", 512, 1024, 1024, (128, 128), 20, torch.bfloat16)
+
+
+def plant_choice(by, name, monkeypatch):
+    """As if a record or a table named a candidate."""
+    if by == "record":
+        lookup.tell(lookup.full_key(TILED, torch.device("cpu")), name)
+    else:
+        entry = {"candidate": name, "status": by, "gain": 1.5}
+        monkeypatch.setattr(lookup, "is_native", lambda device: False)
+        monkeypatch.setattr(lookup, "table_entry", lambda device, keys: ("H200", entry))
+        lookup.forget()
+
+
+@pytest.mark.parametrize("by", ["record", "predicted", "measured"])
+def test_what_reasoning_gives_is_returned_to_where_it_is_faster(by, told, cache, monkeypatch):
+    """It was no candidate: a record or a table kept its place whatever was measured."""
+    reasoned, named = lookup.analytic(TILED).candidate, candidates(TILED)[3].name
+    plant_choice(by, named, monkeypatch)
+    assert lookup.choose(TILED, torch.device("cpu")).candidate.name == named
+    work = told(TILED, lambda name: 1.0 if name == reasoned.name else 2.0)
+    (row,) = tune_products([work], 60, again=True).rows
+    assert (row.status, row.choice.candidate, row.gain) == ("changed", reasoned, 2.0)
+    assert row.over_reasoned == 1.0
+    assert lookup.choose(TILED, torch.device("cpu")).candidate == reasoned
+    (record,) = (records.read_json(path, 1 << 14) for path in cache.glob("*.json"))
+    assert record["candidate"] == "analytic"
+    assert measured_entries([row]) == []
+
+
+def test_table_says_what_is_gained_over_reasoning_not_over_what_was_taken_before(
+    told, cache, monkeypatch
+):
+    """A candidate that a table named already entered the next one with a gain of 1."""
+    reasoned, (third, fourth) = lookup.analytic(TILED).candidate, candidates(TILED)[3:5]
+    times = {reasoned.name: 3.0, third.name: 1.5, fourth.name: 1.2}
+    plant_choice("measured", third.name, monkeypatch)
+    (row,) = tune_products([told(TILED, lambda name: times.get(name, 6.0))], 60, again=True).rows
+    assert (row.status, row.gain) == ("changed", pytest.approx(1.25))
+    del times[fourth.name]
+    lookup.tell(lookup.full_key(TILED, torch.device("cpu")), third.name)
+    (same,) = tune_products([told(TILED, lambda name: times.get(name, 6.0))], 60, again=True).rows
+    assert (same.status, same.gain) == ("kept", 1.0)
+    for found, name, gain in ((row, fourth.name, 2.5), (same, third.name, 2.0)):
+        (entry,) = measured_entries([found])
+        assert (entry["candidate"], entry["gain"]) == (name, gain)
+
+
+def test_choice_that_is_no_faster_than_reasoning_is_no_entry_of_a_table(told, cache, monkeypatch):
+    """Within the noise the present choice stays; a table need not say 0.98 times as fast."""
+    reasoned, third = lookup.analytic(TILED).candidate, candidates(TILED)[3]
+    plant_choice("record", third.name, monkeypatch)
+    times = {reasoned.name: 1.0, third.name: 1.02}
+    (row,) = tune_products([told(TILED, lambda name: times.get(name, 6.0))], 60, again=True).rows
+    assert (row.status, row.choice.candidate) == ("kept", third)
+    assert row.over_reasoned == pytest.approx(1 / 1.02)
+    assert measured_entries([row]) == []
+
+
 def test_second_run_times_nothing(model, cache, timings):
     report = tune(model, torch.randn(9, 64), seconds=30)
     assert [row.status for row in report.rows].count("not reached") == 0
@@ -129,7 +216,7 @@ def test_faster_candidate_is_taken_by_the_next_call(model, cache, monkeypatch):
     calls, slow = [], {"unpack": 1.0}
     monkeypatch.setattr(
         tuning, "search",
-        lambda problem, present, others, until, say: tuning.Found(
+        lambda problem, present, others, until, say, reasoned: tuning.Found(
             next(c for c in others if c.name == "unpack"), 1.0, 2.0, 2.0, 3, {}
         ),
     )  # fmt: skip

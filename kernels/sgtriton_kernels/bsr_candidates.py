@@ -136,7 +136,7 @@ def serving(cell: Cell, found: Iterable[Candidate], copy_engine: bool) -> Iterat
         if tile is None:
             kept[None] = candidate
         elif _serves(tile, cell, copy_engine):
-            kept.setdefault(_cut(tile, cell), candidate)
+            kept.setdefault(cut(tile, cell), candidate)
     yield from kept.values()
 
 
@@ -166,7 +166,8 @@ def _reasoned_way(cell: Cell) -> tuple[Candidate, str]:
     return candidate, reasons
 
 
-def _cut(tile: BsrTile, cell: Cell) -> BsrTile:
+def cut(tile: BsrTile, cell: Cell) -> BsrTile:
+    """What a tile is of a product's blocks: tiles that are equal then are the same launch."""
     bn, bk = cell.block
     n = tile.BLOCK_N if tile.form == "pairs" else min(tile.BLOCK_N, bn)
     return replace(tile, BLOCK_N=n, BLOCK_K=min(tile.BLOCK_K, bk))

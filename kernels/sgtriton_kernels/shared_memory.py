@@ -18,7 +18,14 @@ _BESIDES = 256  # bytes of barriers; up to 48 were seen
 
 
 def fits(tile: BsrTile, cell: Cell, device: torch.device) -> bool:
-    """Whether a program of a pass of ``bsr_linear`` gets the shared memory that its tile takes."""
+    """Whether a program gets the shared memory that its tile takes.
+
+    Args:
+        tile: of the program.
+        cell: what it computes: a pass of ``bsr_linear``, or of ``bsr_conv``, whose programs keep
+            pixels where the former keep rows.
+        device: that it runs on.
+    """
     if device.type != "cuda":  # a CPU has none, and others are not asked
         return True
     return bytes_of(tile, cell, architecture(device)) <= _most(device)
