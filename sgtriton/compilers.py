@@ -80,6 +80,32 @@ class Compilers:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @property
+    def ready(self) -> int:
+        """How many have started and wait for something to compile."""
+        return len(self._idle)
+
+    def start(self, deadline: float) -> int:
+        """Start them all at once, which takes seconds, so that what is built next finds them ready.
+
+        Args:
+            deadline: by ``time.monotonic``; those that have not started by then are ended, and
+                from here on there are no more than have.
+
+        Returns:
+            How many are ready.
+        """
+        with self._lock:
+            self._idle += [_Compiler() for _ in range(self.jobs - len(self._idle))]
+            started = [*self._idle]
+        late = [c for c in started if not c.wait(deadline - time.monotonic()) or c.was_late]
+        for compiler in late:
+            compiler.end()
+        with self._lock:
+            self._idle = [compiler for compiler in started if compiler not in late]
+        self.jobs = max(1, self.ready)
+        return self.ready
+
     def close(self) -> None:
         """End the processes; what they were compiling fails."""
         with self._lock:

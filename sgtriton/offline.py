@@ -1,4 +1,4 @@
-"""Candidates for a card that is absent: what its compiler refuses, and what is predicted."""
+"""Candidates for a card, which may be absent: what its compiler refuses, and what is predicted."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from sgtriton_kernels.candidate import Candidate
-from sgtriton_kernels.cards import card
+from sgtriton_kernels.cards import Card, card
 from sgtriton_kernels.cell import Cell
 from sgtriton_kernels.tiles import BsrTile
 
@@ -70,18 +70,33 @@ def rank(
     reasons = faults(on.arch, cell, candidates, limit, compilers, deadline, on_built)
     kept, dropped = [], []
     for candidate, reason in zip(candidates, reasons, strict=True):
-        if reason is None and candidate.tile is None:
-            kept.append(Ranked(candidate, unpack_seconds(on, cell), "library"))
-            continue
-        if reason is None and candidate.tile is not None:
+        if reason is None:
             try:
-                found = predict(on, cell, candidate.tile)
-                kept.append(Ranked(candidate, found.seconds, found.bound))
+                kept.append(Ranked(candidate, *expected(on, cell, candidate)))
                 continue
             except ValueError as error:
                 reason = str(error)
         dropped.append(Ranked(candidate, dropped=reason))
     return sorted(kept, key=lambda ranked: ranked.seconds or 0.0) + dropped
+
+
+def expected(on: Card, cell: Cell, candidate: Candidate) -> tuple[float, str]:
+    """How many seconds a candidate should take on a card, and what bounds it.
+
+    Args:
+        cell: a pass of ``bsr_linear`` by Triton's kernels.
+        candidate: one with a tile, or ``"unpack"``.
+
+    Returns:
+        As :class:`Ranked` has them.
+
+    Raises:
+        ValueError: there is no prediction of it.
+    """
+    if candidate.tile is None:
+        return unpack_seconds(on, cell), "library"
+    found = predict(on, cell, candidate.tile)
+    return found.seconds, found.bound
 
 
 def faults(

@@ -1,15 +1,47 @@
-"""What a search compares on a device."""
+"""What a search compares on a device, the most promising first.
+
+On a card there are dozens of candidates for a product of ``bsr_linear``, and a launch of each is
+compiled before it can be timed. So they are ordered by the model of the card, compiled in this
+order, several at a time, and those that the compiler takes are kept until there are enough.
+Elsewhere, and of other ops, all of them are compared.
+"""
 
 from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import torch
 from sgtriton_kernels.bsr_candidates import cut
 from sgtriton_kernels.candidate import Candidate
+from sgtriton_kernels.cards import Card, card, card_of
 from sgtriton_kernels.cell import Cell
 from sgtriton_kernels.lookup import analytic, recordable
-from sgtriton_kernels.records import architecture
+from sgtriton_kernels.records import architecture, device_name
 
-from .cross_compile import COPY_ENGINES
+from .compilers import NO_TIME, Compilers
+from .cross_compile import COPY_ENGINES, SHARED_LIMITS, why_not
+from .offline import expected, faults
+
+MOST = 12  # tiles that are compared, beside those that are anyway
+_START, _LEAST_START = 0.2, 4.0  # share of all seconds to start compilers in; how many it must be
+_SOFT, _HARD = 0.25, 0.5  # share of a product's seconds, after which no more are begun, and ended
+
+
+@dataclass(frozen=True)
+class Promising:
+    """What a search is to compare.
+
+    Args:
+        candidates: the most promising first.
+        refused: name -> why the card's compiler does not take a candidate.
+    """
+
+    candidates: tuple[Candidate, ...]
+    refused: dict[str, str]
 
 
 def contenders(cell: Cell, device: torch.device) -> list[Candidate]:
@@ -25,3 +57,93 @@ def contenders(cell: Cell, device: torch.device) -> list[Candidate]:
             continue
         found.append(candidate)
     return found
+
+
+@contextlib.contextmanager
+def compilers_for(
+    products: Iterable[tuple[Cell, torch.device]], seconds: float
+) -> Iterator[Compilers | None]:
+    """Processes that compile for the cards of some products, started.
+
+    Args:
+        products: and where they are computed.
+        seconds: of the whole search.
+
+    Yields:
+        ``None`` where nothing is to be compiled, nothing can be, or time does not suffice.
+    """
+    start = _START * seconds
+    if start < _LEAST_START or why_not() or not any(_target(*product) for product in products):
+        yield None
+        return
+    with Compilers() as compilers:
+        yield compilers if compilers.start(time.monotonic() + start) else None
+
+
+def promising(
+    cell: Cell,
+    device: torch.device,
+    present: Candidate,
+    compilers: Compilers | None = None,
+    seconds: float = 0.0,
+) -> Promising:
+    """What to compare: what is taken now, what reasoning gives, and others that promise something.
+
+    On a card that the compiler knows, what it refuses is left out; on one whose figures are known,
+    all but :data:`MOST` tiles. What the library computes stays in.
+
+    Args:
+        cell: the product.
+        device: where it is computed.
+        present: what is taken now.
+        compilers: ready to compile; nothing is compiled without.
+        seconds: of the product's search, of which a share is spent. What is not compiled by then
+            comes behind what is.
+    """
+    found = contenders(cell, device)
+    first = (present,) if found[0] == present else (present, found[0])
+    given = [candidate for candidate in found if candidate not in first]
+    arch = _target(cell, device)
+    if arch is None:
+        return Promising((*first, *given), {})
+    name = card_of(device_name(device), arch)
+    most, limit = len(given), SHARED_LIMITS[arch]
+    if name is not None:
+        on = card(name)
+        most, limit = MOST, on.shared_program_kib * 1024
+        given.sort(key=lambda candidate: _seconds(on, cell, candidate))
+    begin = time.monotonic()
+    kept, late, refused = [], [], {}
+    while given and len(kept) < most and time.monotonic() < begin + _SOFT * seconds:
+        if compilers is None or not (together := compilers.ready):
+            break
+        part, given = given[:together], given[together:]
+        reasons = faults(arch, cell, part, limit, compilers, begin + _HARD * seconds)
+        for candidate, reason in zip(part, reasons, strict=True):
+            if reason is None:
+                kept.append(candidate)
+            elif reason == NO_TIME:
+                late.append(candidate)
+            else:
+                refused[candidate.name] = reason
+        if late:  # their processes were ended; to start others takes more than a product has
+            compilers.close()
+    rest = [*kept, *late, *given]
+    tiles = [candidate for candidate in rest if candidate.tile is not None][:most]
+    rest = [candidate for candidate in rest if candidate.tile is None or candidate in tiles]
+    return Promising((*first, *rest), refused)
+
+
+def _target(cell: Cell, device: torch.device) -> str | None:
+    """What a product's kernels are compiled for; ``None`` if not for a card that is modelled."""
+    if cell.impl != "triton" or cell.native or not cell.op.startswith("bsr_linear "):
+        return None
+    arch = architecture(device) if device.type == "cuda" else ""
+    return arch if arch in SHARED_LIMITS else None
+
+
+def _seconds(on: Card, cell: Cell, candidate: Candidate) -> float:
+    try:
+        return expected(on, cell, candidate)[0]
+    except ValueError:  # there is no prediction of it
+        return math.inf

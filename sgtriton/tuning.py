@@ -21,8 +21,9 @@ from sgtriton_kernels.lookup import Choice, analytic, choose, full_key, recordab
 from sgtriton_kernels.records import cache_folder
 from torch import nn
 
+from .compilers import Compilers
 from .products import AnyProduct, Work, products_of, work_of
-from .promising import contenders
+from .promising import compilers_for, contenders, promising
 from .search import Found, NoneRight, search
 from .tune_cache import sweep, write_record
 from .tune_ranks import agreed, in_group, receive_outcomes, send_outcomes
@@ -47,7 +48,9 @@ def tune(
     meet and which images its convolutions. Then the candidates of each product are checked against
     a dense product and timed in turns; the present choice stays unless another is faster by more
     than the noise. What is found is kept in the user's cache and taken from the next call on; the
-    layers' forms stay as they are.
+    layers' forms stay as they are. Of linear products on a card whose figures are known, the dozen
+    tiles are compared that its model promises most of; where there is time for it, all that are
+    compared are compiled before, side by side, and what the compiler refuses is left out.
 
     Of gated linear layers in training mode a whole step is measured, forward and backward, with
     their gates as they are now; of those in eval mode the forward pass under ``no_grad``. On a CPU
@@ -175,30 +178,34 @@ def _search_all(
     generators: dict[torch.device, torch.Generator] = {}
     done: dict[tuple[Cell, torch.device], Tuned] = {}
     waiting = list(range(len(work)))
-    for _ in range(_TRIES):
-        new = {
-            (work[i].cell, work[i].device)
-            for i in waiting
-            if again or not _is_recorded(work[i], folder)
-        }
-        for i in waiting:
-            item, cell, device = work[i], work[i].cell, work[i].device
-            if progress is not None:
-                decided = sum(row.status != "not reached" for row in rows.values())
-                progress(decided, len(work), item.label)
-            if (cell, device) not in done and (cell, device) not in new:
-                done[cell, device] = Tuned(item.name, cell, "cached", choose(cell, device))
-            elif (cell, device) not in done:
-                random = generators.setdefault(device, torch.Generator(device).manual_seed(0))
-                now = time.perf_counter()
-                ends = now + (until - now) / len(new)
-                done[cell, device] = _tune_one(item, random, ends, folder, notes, say)
-            new.discard((cell, device))
-            rows[i] = replace(done[cell, device], name=item.name)
-        waiting = [i for i in waiting if rows[i].status == "not reached"]
-        done = {key: row for key, row in done.items() if row.status != "not reached"}
-        if not waiting or time.perf_counter() > until:
-            break
+
+    def unknown() -> set[tuple[Cell, torch.device]]:
+        items = [work[i] for i in waiting]
+        return {(x.cell, x.device) for x in items if again or not _is_recorded(x, folder)}
+
+    with compilers_for(new := unknown(), until - time.perf_counter()) as compilers:
+        for _ in range(_TRIES):
+            for i in waiting:
+                item, cell, device = work[i], work[i].cell, work[i].device
+                if progress is not None:
+                    decided = sum(row.status != "not reached" for row in rows.values())
+                    progress(decided, len(work), item.label)
+                if (cell, device) not in done and (cell, device) not in new:
+                    done[cell, device] = Tuned(item.name, cell, "cached", choose(cell, device))
+                elif (cell, device) not in done:
+                    random = generators.setdefault(device, torch.Generator(device).manual_seed(0))
+                    now = time.perf_counter()
+                    ends = now + (until - now) / len(new)
+                    done[cell, device] = _tune_one(
+                        item, random, ends, folder, notes, say, compilers
+                    )
+                new.discard((cell, device))
+                rows[i] = replace(done[cell, device], name=item.name)
+            waiting = [i for i in waiting if rows[i].status == "not reached"]
+            done = {key: row for key, row in done.items() if row.status != "not reached"}
+            if not waiting or time.perf_counter() > until:
+                break
+            new = unknown()
     if progress is not None:
         progress(len(work), len(work), "")
 
@@ -210,32 +217,39 @@ def _tune_one(
     folder: Path | None,
     notes: list[str],
     say: Callable[[str], None],
+    compilers: Compilers | None,
 ) -> Tuned:
     cell, device = item.cell, item.device
-    present = choose(cell, device)
-    others = contenders(cell, device)
-    if others == [present.candidate]:
+    present, left = choose(cell, device), until - time.perf_counter()
+    if contenders(cell, device) == [present.candidate]:
         return Tuned(item.name, cell, "no choice", present)
-    if time.perf_counter() > until:
+    if left < 0:
         return Tuned(item.name, cell, "not reached", present)
+
+    def tell_of(text: str) -> None:
+        say(f"{item.label}: {text}")
+
+    chosen = promising(cell, device, present.candidate, compilers, left)
+    for name, reason in chosen.refused.items():
+        tell_of(f"{name} is skipped: {reason}")
     with without_autocast(device):  # products are searched in their own dtype
         problem = item.problem(random)
-        if time.perf_counter() + problem.least_seconds(len(others)) > until:
+        if time.perf_counter() + problem.least_seconds(len(chosen.candidates)) > until:
             return Tuned(item.name, cell, "not reached", present)
         found = search(
-            problem, present.candidate, others, until, lambda text: say(f"{item.label}: {text}"),
-            analytic(cell).candidate,
-        )  # fmt: skip
+            problem, present.candidate, chosen.candidates, until, tell_of, analytic(cell).candidate
+        )
     if found is None:
         return Tuned(item.name, cell, "not reached", present)
+    skipped = chosen.refused | found.skipped
     if isinstance(found, NoneRight):
         name = present.candidate.name
         notes.append(
-            f"{item.label}: none of {len(found.skipped)} candidates computes it rightly; of "
-            f"{name}, which is taken all the same: {found.skipped[name]}"
+            f"{item.label}: none of {len(skipped)} candidates computes it rightly; of "
+            f"{name}, which is taken all the same: {skipped[name]}"
         )
-        return Tuned(item.name, cell, "none right", present, skipped=found.skipped)
-    return _keep(item, present, found, folder, notes)
+        return Tuned(item.name, cell, "none right", present, skipped=skipped)
+    return _keep(item, present, replace(found, skipped=skipped), folder, notes)
 
 
 def _is_recorded(item: Work, folder: Path | None) -> bool:

@@ -77,6 +77,22 @@ def test_what_has_no_time_left_is_not_compiled(planted):
     assert compilers._built == {}
 
 
+def test_what_was_started_ahead_is_there_when_it_is_asked(planted, monkeypatch):
+    with Compilers(2) as found:
+        assert found.start(time.monotonic() + 120) == found.ready == found.jobs == 2
+        monkeypatch.setattr(compilers, "_Compiler", None)  # no other is made
+        work = [planted(f"planted_{i}", f"raise RuntimeError('{i}')") for i in "abc"]
+        assert found.build(work) == [f"it does not compile: {i}" for i in "abc"]
+        assert found.ready == 2
+        started = [compiler._process for compiler in found._idle]
+    assert all(process.poll() is not None for process in started)
+
+
+def test_processes_that_do_not_start_in_time_are_ended():
+    with Compilers(2) as found:
+        assert found.start(time.monotonic() - 1) == found.ready == 0
+
+
 def test_an_interrupt_ends_the_processes(planted):
     work = [
         planted("planted_first", "raise RuntimeError('first')"),

@@ -1,5 +1,7 @@
 """sgtriton.tune: which products a model meets, in bounded time, remembered."""
 
+import contextlib
+import dataclasses
 import os
 from types import SimpleNamespace
 
@@ -15,6 +17,7 @@ import sgtriton
 from sgtriton import cold, problem, search, tuning
 from sgtriton.choice_table import measured_entries
 from sgtriton.products import Work
+from sgtriton.promising import Promising
 from sgtriton.tuning import Tuned, TuneReport, products_of, tune, tune_products
 
 
@@ -183,6 +186,34 @@ def test_choice_that_is_no_faster_than_reasoning_is_no_entry_of_a_table(told, ca
     assert (row.status, row.choice.candidate) == ("kept", third)
     assert row.over_reasoned == pytest.approx(1 / 1.02)
     assert measured_entries([row]) == []
+
+
+def test_what_the_compiler_refuses_is_skipped_with_a_line(told, cache, monkeypatch):
+    reasoned, third = lookup.analytic(TILED).candidate, candidates(TILED)[3]
+    asked, said = [], []
+
+    def promising(cell, device, present, compilers, seconds):
+        asked.append((present, compilers, seconds))
+        return Promising((reasoned, third), {"deep": "8 bytes spilled"})
+
+    @contextlib.contextmanager
+    def compilers_for(products, seconds):
+        asked.append(products)
+        yield "compilers"
+
+    monkeypatch.setattr(tuning, "promising", promising)
+    monkeypatch.setattr(tuning, "compilers_for", compilers_for)
+    other = dataclasses.replace(TILED, M=2048)
+    work = [told(cell, lambda name: 1.0) for cell in (TILED, other, TILED)]
+    rows = tune_products(work, 60, say=said.append).rows
+    assert [row.skipped for row in rows] == [{"deep": "8 bytes spilled"}] * 3
+    assert said == [f"told, M {m}: deep is skipped: 8 bytes spilled" for m in (512, 2048)]
+    _, first, second = asked  # the processes are those of the whole search
+    assert [found[1] for found in (first, second)] == ["compilers"] * 2
+    assert 0 < first[2] < 31  # of two products
+    asked.clear()
+    assert tune_products(work, 60).timed == 0
+    assert asked == [set()]
 
 
 def test_second_run_times_nothing(model, cache, timings):
