@@ -82,7 +82,7 @@ def test_only_what_serves_is_offered_and_no_tile_twice():
         for op, engine in itertools.product(OPS, (True, False)):
             cell = dataclasses.replace(CELL, op=op, block=block, M=m, aligned=aligned)
             found = candidates(cell, engine)
-            cut = [module._cut(c.tile, cell) for c in found if c.tile is not None]
+            cut = [module.cut(c.tile, cell) for c in found if c.tile is not None]
             assert len(set(cut)) == len(cut) > 0
             assert {c.name for c in found} <= set(named(op, "triton", False))
             bulk = [tile for tile in cut if tile.bulk]

@@ -38,7 +38,8 @@ def test_every_op_is_right_here():
     chosen = correctness.checks(PLACE)
     assert {check.op for check in chosen} == {
         "gate_weight", "gated_linear", "gate_penalties", "pack_gates", "bsr_linear",
-        "bsr_linear fwd", "bsr_conv1d", "bsr_conv2d", "gated_to_bsr", "merge_blocks",
+        "bsr_linear fwd", "bsr_conv1d", "bsr_conv2d", "bsr_conv fwd", "bsr_conv dx",
+        "bsr_conv dvalues", "gated_to_bsr", "merge_blocks",
     }  # fmt: skip
     rows = list(correctness.run(chosen, PLACE))
     assert [(r.op, r.variant, r.detail) for r in rows if r.status in ("wrong", "failed")] == []

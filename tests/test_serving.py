@@ -809,7 +809,8 @@ def test_cost_model_knows_what_the_library_is_slow_at(monkeypatch, capability):
             assert (expected("dense_left", rows, dtype) > 3) == (capability == "AVX2")
             gain = expected("sparse", rows, dtype, 0.1) / expected("sparse", rows, share=0.1)
             assert (gain > 2.5) == (capability == "AVX2")
-            assert expected("compacted", rows, dtype, 0.5) == pytest.approx(2, abs=0.02)
+            # half of the weights take half of the time, but for what a call costs
+            assert 1.97 < expected("compacted", rows, dtype, 0.5) < 2
 
 
 def test_cost_model_expects_nothing_of_a_card_that_is_known_of_cpus():
