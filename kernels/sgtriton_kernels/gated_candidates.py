@@ -97,7 +97,7 @@ def _by_open_blocks(cell: GatedCell, layout: GateLayout) -> tuple[str, str]:
     if not cell.counted:
         return "multiply", "counting open blocks would wait for the device"
     most = most_open(cell.M, layout)
-    if most < 1:
+    if not most:
         return "multiply", "skipping does not pay for so small a product, or such blocks"
     if cell.nnz < most:
         return "skip", f"{cell.nnz} open blocks: skipping pays below {most:.0f}"

@@ -35,7 +35,7 @@ class _Plan:
 
     def method(self, count: int) -> str:
         found = next(method for first, method in self.methods if count >= first)
-        return found or ("skip" if self.most >= 1 and count < self.most else "multiply")
+        return found or ("skip" if count < self.most else "multiply")
 
 
 def method_for(

@@ -91,19 +91,23 @@ def choose(
     if method != "auto":
         return method if gate.numel() else "multiply"  # an empty layer has no blocks
     most = most_open(m, layout) if gate.device.type == "cpu" else 0  # counting would wait for it
-    if most < 1:
+    if not most:
         return "multiply"
     count = int(_open_mask(gate, is_open).count_nonzero())
     return "skip" if count < most else "multiply"
 
 
 def most_open(m: int, layout: GateLayout) -> float:
-    """The number of open blocks below which skipping should be faster, for ``m`` rows of ``x``."""
+    """The number of open blocks below which skipping should be faster, for ``m`` rows of ``x``.
+
+    0 where it never is.
+    """
     (n, k), (bn, bk) = layout.weight_shape, layout.block
     if min(bn, bk) < _SHORTEST:
         return 0
     left = _GAIN * m * n * k - _LAID_OUT * m * (n + k) - _CALLS
-    return left / (m * (_MULTIPLIED * bn * bk + _GATHERED * (bn + bk)) + 1)
+    most = left / (m * (_MULTIPLIED * bn * bk + _GATHERED * (bn + bk)) + 1)
+    return most if most >= 1 else 0
 
 
 def _gated(w, gate, is_open, layout: GateLayout, dtype: torch.dtype) -> torch.Tensor:
