@@ -21,7 +21,6 @@ from sgtriton_kernels.records import key_text, read_json, source
 from .files import replace_file
 from .tune_report import Tuned
 
-_OP = "bsr_linear"  # what tables are of
 _MOST_BYTES = 1 << 24  # of a table; a longer file is none
 _MOST_GAIN = 1e3  # infinite where reasoning is wrong, which no JSON holds
 
@@ -39,23 +38,17 @@ def make_table(
         name: of the card; of another device what its driver calls it.
         architecture: ``"sm_90"``, ...
         status: ``"measured"`` | ``"predicted"``.
-        entries: each with ``key``, ``candidate`` and ``gain``; of one implementation.
+        entries: each with ``key``, ``candidate`` and ``gain``.
         facts: for a reader.
-
-    Raises:
-        ValueError: an entry of another op than ``bsr_linear``, whose source a table names.
     """
-    ops = {entry["key"]["op"].split(" ")[0] for entry in entries}
-    if others := sorted(ops - {_OP}):
-        raise ValueError(f"entries must be of {_OP}, got some of {', '.join(others)}")
-    impl = entries[0]["key"]["impl"] if entries else "triton"
+    computed = sorted({(e["key"]["op"].split(" ")[0], e["key"]["impl"]) for e in entries})
     return {
         "card": name,
         "architecture": architecture,
         "status": status,
         **facts,
         "triton": version(),
-        "source": source(_OP, impl),
+        "sources": {f"{op} {impl}": source(op, impl) for op, impl in computed},
         "entries": list(entries),
     }
 

@@ -250,9 +250,13 @@ def test_a_table_holds_what_gains_a_tenth():
     ]
     head = {name: value for name, value in table.items() if name != "entries"}
     assert head == {
-        "card": "RTX 4090", "architecture": "sm_89", "status": "predicted", "ranked": 5,
-        "triton": version(), "source": records.source("bsr_linear", "triton"),
-    }  # fmt: skip
+        "card": "RTX 4090",
+        "architecture": "sm_89",
+        "status": "predicted",
+        "ranked": 5,
+        "triton": version(),
+        "sources": {"bsr_linear triton": records.source("bsr_linear", "triton")},
+    }
     with pytest.raises(ValueError, match="no card is named 'H300'"):
         table_of("H300", found)
 
@@ -295,16 +299,23 @@ def test_table_names_the_source_of_what_computes_its_entries():
     """It was that of bsr_linear's kernels whatever the entries were of."""
     entry = {"key": CELL.key(), "candidate": OTHER.name, "gain": 2.0}
 
-    def made(**change):
-        other = entry | {"key": entry["key"] | change}
-        return make_table("H200", "sm_90", "measured", [other], {})["source"]
+    def made(*changes):
+        entries = [entry | {"key": entry["key"] | change} for change in changes]
+        return make_table("H200", "sm_90", "measured", entries, {})["sources"]
 
-    assert made() == records.source("bsr_linear", "triton")
-    assert made(op="bsr_linear dx") == made()
-    assert made(impl="torch") == records.source("bsr_linear", "torch") != made()
-    for op in ("bsr_conv fwd", "gated_linear step"):
-        with pytest.raises(ValueError, match=f"must be of bsr_linear, got some of {op.split()[0]}"):
-            made(op=op)
+    assert made({}, {"op": "bsr_linear dx"}) == {
+        "bsr_linear triton": records.source("bsr_linear", "triton")
+    }
+    found = made({}, {"impl": "torch"}, {"op": "bsr_conv fwd"}, {"op": "gated_linear step"})
+    assert found == {
+        f"{op} {impl}": records.source(op, impl)
+        for op, impl in (
+            ("bsr_linear", "triton"), ("bsr_linear", "torch"), ("bsr_conv", "triton"),
+            ("gated_linear", "triton"),
+        )
+    }  # fmt: skip
+    assert len(set(found.values())) == 4
+    assert made() == {}
 
 
 def test_products_that_shipped_tables_were_ranked_for_take_their_own_entry_or_reasoning():
