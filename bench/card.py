@@ -25,8 +25,9 @@ from sgtriton_kernels.records import device_name
 from sgtriton.tables import format_table
 
 from . import correctness
-from .card_parts import CORRECTNESS, TUNING, Part, Progress
+from .card_parts import CORRECTNESS, Part, Progress
 from .card_sweeps import SWEEP_PARTS
+from .card_tuning import TUNING
 from .options import check_minutes, device_of
 from .rows import commit, write
 

@@ -6,6 +6,7 @@ user's cache, where products look before they reason (:mod:`sgtriton_kernels.loo
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -111,12 +112,15 @@ def tune_products(
     distributed: bool = False,
     progress: Callable[[int, int, str], None] | None = None,
     say: Callable[[str], None] = lambda text: None,
+    compilers: Compilers | None = None,
 ) -> TuneReport:
     """Tune products; arguments as for :func:`tune`.
 
     Args:
         products: on one device.
         say: gets a line for each candidate that is skipped.
+        compilers: processes to compile in that stay for more; of this call's own if ``None``, where
+            there is time to start some.
     """
     begin = time.perf_counter()
     shared = distributed and in_group()
@@ -138,7 +142,7 @@ def tune_products(
         return TuneReport(found, seconds, tuple(dict.fromkeys(notes)))
 
     try:
-        _search_all(work, rows, notes, until, again, progress, say)
+        _search_all(work, rows, notes, until, again, progress, say, compilers)
     except KeyboardInterrupt:
         notes.append(f"interrupted: {len(work) - len(rows)} of {len(work)} products not looked at")
         raise TuneInterrupted(report()) from None
@@ -164,6 +168,7 @@ def _search_all(
     again: bool,
     progress: Callable[[int, int, str], None] | None,
     say: Callable[[str], None],
+    compilers: Compilers | None,
 ) -> None:
     """Fill ``rows``, by index into ``work``; what a stop leaves is what was found.
 
@@ -183,7 +188,9 @@ def _search_all(
         items = [work[i] for i in waiting]
         return {(x.cell, x.device) for x in items if again or not _is_recorded(x, folder)}
 
-    with compilers_for(new := unknown(), until - time.perf_counter()) as compilers:
+    new, left = unknown(), until - time.perf_counter()
+    given = contextlib.nullcontext(compilers)
+    with compilers_for(new, left) if compilers is None else given as compilers:
         for _ in range(_TRIES):
             for i in waiting:
                 item, cell, device = work[i], work[i].cell, work[i].device

@@ -2,24 +2,21 @@
 
 import csv
 import functools
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from sgtriton_kernels.candidates import candidates
 
 from bench import card, card_parts, card_sweeps, correctness
 from bench.__main__ import main
 from bench.card_parts import Part, Progress
-from sgtriton.tuning import tune_products
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parent.parent
@@ -180,56 +177,17 @@ def test_bad_arguments_are_refused(arguments, message, tmp_path, monkeypatch, ca
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
 
 
-@pytest.fixture
-def few_products(monkeypatch):
-    monkeypatch.setattr(card_parts, "_SHAPES", ((128, 128),))
-    monkeypatch.setattr(card_parts, "_ROWS", (16,))
-    monkeypatch.setattr(card_parts, "_BLOCKS", (32,))
-    monkeypatch.setenv("SGTRITON_IMPL", "torch")
-
-
-def tuned(folder):
-    """Rows and the table of a tuning part that has all the time it may need."""
-    *_, last = card_parts.tuning_part(time.monotonic() + 120, folder, CPU)
-    assert (last.done, last.of) == (3, 3)
-    with open(folder / "tuning.csv", newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    (path,) = folder.glob("*.json")
-    return rows, json.loads(path.read_text(encoding="utf-8"))
-
-
-def test_the_tuning_part_reaches_every_product_it_has_time_for(few_products, tmp_path):
-    rows, table = tuned(tmp_path)
-    assert len(rows) == 3
-    assert {row["status"] for row in rows} <= {"kept", "changed"}
-    assert all(float(row["ms"]) > 0 for row in rows)
-    assert table["status"] == "measured"
-    changed = {row["candidate"] for row in rows if row["status"] == "changed"}
-    assert {entry["candidate"] for entry in table["entries"]} == changed
-
-
-def test_the_tuning_part_writes_what_it_found(few_products, tmp_path, monkeypatch):
-    found = []
-
-    def plant(products, seconds, again):
-        """A search that finds ``loop`` to be twice as fast."""
-        report = tune_products(products, seconds, again=again)
-        (row,) = report.rows
-        cell = replace(row.cell, nnz=len(found) + 1, block=(8 << len(found),) * 2)
-        loop = next(c for c in candidates(cell) if c.name == "loop")
-        choice = replace(row.choice, candidate=loop, source="cache")
-        gained = {"gain": 2.0, "over_reasoned": 2.0, "ms": 1.5}
-        found.append(replace(row, cell=cell, status="changed", choice=choice, **gained))
-        return replace(report, rows=(found[-1],))
-
-    monkeypatch.setattr(card_parts, "tune_products", plant)
-    rows, table = tuned(tmp_path)
-    assert [(row["candidate"], row["gain"], row["ms"], row["block"]) for row in rows] == [
-        ("loop", "2.0", "1.5", block) for block in ("8x8", "16x16", "32x32")
-    ]
-    assert table["entries"] == [
-        {"key": row.cell.key(), "candidate": "loop", "gain": 2.0} for row in found
-    ]
+@pytest.mark.parametrize("status", [correctness.SKIPPED, correctness.WRONG])
+def test_correctness_without_a_check_that_is_ok_has_failed(status, tmp_path, monkeypatch):
+    """Time that sufficed for none ended with 0, as if all had been right."""
+    place = correctness.make_place(CPU)
+    some = correctness.checks(place)[:2]
+    rows = [correctness.row(c, place, status, correctness.NO_TIME, 0.0) for c in some]
+    monkeypatch.setattr(correctness, "checks", lambda place: some)
+    monkeypatch.setattr(correctness, "run", lambda *_: iter(rows))
+    lines, found, _ = run([card_parts.CORRECTNESS], tmp_path / "out")
+    assert (found, lines[0].state, lines[0].of) == (1, "failed", 2)
+    assert "nothing is known to be right: 0 of 2 checks ok" in lines[0].note
 
 
 @dataclass
@@ -338,10 +296,11 @@ def check_files(folder):
 
 def test_it_runs_without_any_extra(tmp_path):
     few = """
-from bench import card_parts, correctness
-every = correctness.checks
+from bench import card_tuning, correctness, standard_products
+every, most = correctness.checks, standard_products.standard_products
 correctness.checks = lambda place: every(place)[::40]
-card_parts._SHAPES, card_parts._ROWS, card_parts._BLOCKS = ((64, 64),), (4,), (32,)
+standard_products.SHAPES = ((64, 64),)
+card_tuning.standard_products = lambda trains: most(trains)[:1]
 """
     ran = in_a_process(tmp_path / "out", tmp_path / "cache", 0.4, few)
     assert ran.returncode == 0, ran.stderr
