@@ -6,10 +6,12 @@ import functools
 import re
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from sgtriton_kernels._triton import version
 
 # (backend, architecture, warp size): every target of the package
 CARDS = [
@@ -166,7 +168,9 @@ def compile_for(
     num_stages: int | None = 2,
     max_registers: int | None = None,
 ) -> Compiled:
-    """Compile ``kernel`` for ``card`` (an element of :data:`CARDS`).
+    """Compile ``kernel`` for ``card`` (an element of :data:`CARDS`), to what a launch there takes.
+
+    Triton keeps the result in its cache, where a launch with the same arguments finds it.
 
     Args:
         signature: argument name -> Triton type (``"*fp16"``, ``"i32"``, ``"constexpr"``).
@@ -180,15 +184,10 @@ def compile_for(
 
     order = kernel.arg_names
     signature = {name: signature.get(name, "constexpr") for name in order}
-    # as at launch: base pointers are 16-byte aligned
-    aligned = {
-        (i,): [["tt.divisibility", 16]]
-        for i, name in enumerate(order)
-        if signature[name].startswith("*")
-    }
     if card[0] == "hip" and constexprs.get("PRECISION") == "tf32":
         constexprs = constexprs | {"PRECISION": "ieee"}  # as at launch: AMD's cards have no TF32
-    source = ASTSource(kernel, signature, constexprs=constexprs, attrs=aligned)
+    attributes = _attributes(card[0], signature, constexprs)
+    source = ASTSource(kernel, signature, constexprs, attributes)
     options = {"num_warps": num_warps}
     if num_stages is not None:
         options["num_stages"] = num_stages
@@ -205,6 +204,29 @@ def compile_for(
     return Compiled(
         out.asm["ptx"], out.metadata.shared, usage["LOCAL"] + usage["STACK"], usage["REG"], ttgir
     )
+
+
+def _attributes(
+    backend: str, signature: Mapping[str, str], constexprs: Mapping[str, Any]
+) -> dict[tuple[int], list[list[Any]]]:
+    """What a launch says of arguments, by their place and word for word: the cache's key has it.
+
+    Base pointers are aligned to 16 bytes; AMD's compiler is told as well that 32 bits reach all of
+    a tensor, which lets it read through buffer instructions.
+    """
+    from triton import knobs
+
+    pointer: list[list[Any]] = [["tt.divisibility", 16]]
+    if backend == "hip" and knobs.amd.use_buffer_ops:
+        pointer.append(["tt.pointer_range", 32])
+    of_text_only = version() == "3.6"  # later ones have an empty entry for every constant
+    found = {}
+    for i, (name, kind) in enumerate(signature.items()):
+        if kind.startswith("*"):
+            found[i,] = pointer
+        elif kind == "constexpr" and not (of_text_only and not isinstance(constexprs[name], str)):
+            found[i,] = []
+    return found
 
 
 def _resource_usage(cubin: bytes) -> dict[str, int]:

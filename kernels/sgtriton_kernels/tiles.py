@@ -255,7 +255,7 @@ def tile_for_gated_linear(
     - dW: 128 x 64 weights (64 x 64 for such blocks), rows in steps of 32: beside the sums a tile of
       the weight and the gates' gradients lie in registers.
     - fp32 rows: products take registers instead of matrix units, so sums of 64 x 64, for dW
-      64 x 32, in steps of 16 (skipping 32 where the weight is fp32 too).
+      64 x 32, in steps of 16 (skipping forward 32 where the weight is fp32 too).
     - Rows that are not aligned: 32 x 32 x 32, for fp32 in steps of 16, in two stages. Reading by
       the element takes registers, and a size that 16 does not divide should be rare.
     - Skipping cuts ``BLOCK_N`` and ``BLOCK_K`` to the block.
@@ -296,7 +296,7 @@ def tile_for_gated_linear(
         area = out * block_m
         deep = skip and which == "fwd" and not wide and w_dtype.itemsize == 2
         depth = min(inner, 64 if deep else 32)
-        if wide and not (skip and w_dtype.itemsize > 2):
+        if wide and not (skip and which == "fwd" and w_dtype.itemsize > 2):
             depth = 16
         block_n, block_k = (out, depth) if which == "fwd" else (depth, out)
         step = (out * w_dtype.itemsize + block_m * x_dtype.itemsize) * depth
