@@ -18,6 +18,7 @@ from sgtriton_kernels.candidate import ANALYTIC
 from sgtriton_kernels.candidates import candidates, named
 from sgtriton_kernels.cards import card
 from sgtriton_kernels.cell import Cell
+from sgtriton_kernels.gated_cell import GatedCell
 from sgtriton_kernels.lookup import analytic, choose, full_key, recorded, tell
 from sgtriton_kernels.tiles import BsrTile
 
@@ -72,6 +73,18 @@ def test_nearest_record_counts_within_a_factor_of_two(m, rows, is_asked, cache):
     other = next(c for c in candidates(cell) if c != analytic(cell).candidate)
     write(cell, other.name, rows)
     assert (choose(cell, CPU).source == "cache") == is_asked
+
+
+@pytest.mark.parametrize("sparsity", [0.5, 0.7, 0.75, 0.8, 0.9, 0.95, 0.98])
+def test_layers_pruned_to_a_usual_share_find_one_record(sparsity):
+    """90 % lay on an edge: of two layers pruned alike one took the record and one did not."""
+    linear = dataclasses.replace(CELL, N=4096, K=4096)
+    step = GatedCell(**vars(linear) | {"op": "gated_linear step"})
+    for cell in (linear, step):
+        blocks = cell.block_rows * cell.block_cols
+        counts = [round(near * (1 - sparsity) * blocks) for near in (0.95, 1, 1.05)]
+        found = [dataclasses.replace(cell, nnz=count, longest=None).key() for count in counts]
+        assert found[0] == found[1] == found[2]
 
 
 def test_own_record_comes_before_the_nearest(cache):
