@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from sgtriton_kernels.records import device_name
 
-from sgtriton.tables import format_table
+from sgtriton.tables import filled, format_table, terminal_width
 
 from . import correctness
 from .card_parts import CORRECTNESS, Part, Progress
@@ -129,7 +129,7 @@ def _run_part(
     """A part's line whenever there is something to say, the last one as it ended."""
     start = said = time.monotonic()
     line = Summary(part.name, RUNNING)
-    say(f"{part.name}: {max(deadline - start, 0):.0f} s")
+    say(f"{part.name}: up to {max(deadline - start, 0):.0f} s")
     state, note = DONE, ""
     steps = part.run(deadline, folder, device)
     try:
@@ -234,13 +234,14 @@ def table(lines: Sequence[Summary], folder: Path) -> str:
              line.missing or "-"]
             for line in lines
         ],
-        width=120,
+        width=terminal_width(),
     )  # fmt: skip
     notes = [f"{line.part}: {line.note}" for line in lines if line.note]
     files = [f"{path.name} {path.stat().st_size:,} B" for path in sorted(folder.iterdir())]
     head = lines[0]
     where = f"{head.device}, PyTorch {head.torch}, Triton {head.triton}, commit {head.commit}"
-    return "\n".join([text, *notes, where, f"{folder}: {', '.join(files)}"])
+    below = [*notes, where, f"{folder}: {', '.join(files)}"]
+    return "\n".join([text, *map(filled, below)])
 
 
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -196,10 +196,12 @@ def table(rows: Iterable[Row], width: int = 120) -> str:
 
 def verdict(rows: Sequence[Row]) -> str:
     """One line: how many checks are ok."""
-    of = Counter(r.status for r in rows)
-    return f"{of[OK]} of {len(rows)} checks ok, " + ", ".join(
+    late = sum(r.detail == NO_TIME for r in rows)
+    of = Counter(r.status for r in rows if r.detail != NO_TIME)
+    text = f"{of[OK]} of {len(rows)} checks ok, " + ", ".join(
         f"{of[s]} {s}" for s in (WRONG, FAILED, SKIPPED)
     )
+    return f"{text}, {late} not reached" if late else text
 
 
 def is_bad(rows: Iterable[Row]) -> bool:

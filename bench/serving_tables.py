@@ -142,16 +142,17 @@ def losses(found: Iterable[Cell]) -> str:
 def losses_in_short(found: Iterable[Cell]) -> str:
     """A Markdown list for the README: the cells behind dense, and by block those behind peers."""
     found = list(found)
-    slower = [
-        f"{c.speedup:.4f} ({c.dtype}, block {c.block}, {c.sparsity:.0%}, (M, N, K) = "
-        f"({c.M}, {c.N}, {c.K}))"
-        for c in found
-        if c.speedup < SLOWER
-    ]
-    lines = [
-        f"- slower than {SLOWER} of dense: {len(slower)} of {len(found)} cells"
-        f"{': ' * bool(slower)}{', '.join(slower)}"
-    ]
+    slower = [c for c in found if c.speedup < SLOWER]
+    line = f"- slower than {SLOWER} of dense: {len(slower)} of {len(found)} cells"
+    if slower:
+        counts = Counter((c.dtype, c.block) for c in slower).items()
+        by_block = [f"{count} of {dtype}, {side}x{side}" for (dtype, side), count in counts]
+        worst = min(slower, key=lambda c: c.speedup)
+        line += (
+            f" ({'; '.join(by_block)}); by most, {worst.speedup:.2f}, block {worst.block} at "
+            f"M = {worst.M} and {worst.sparsity:.0%}, (N, K) = ({worst.N}, {worst.K})"
+        )
+    lines = [line]
     with_peers = [c for c in found if c.best_peer != "-"]
     for block in dict.fromkeys(c.block for c in with_peers):
         group = [c for c in with_peers if c.block == block]

@@ -100,7 +100,9 @@ def _add_demo(commands: argparse._SubParsersAction[_Parser]) -> None:
         help="gate block, outputs x inputs: 1x1 is per weight, full a whole dimension as in "
         "1xfull; the last layer is always per weight; default: 4x4",
     )
-    demo.add_argument("--gate", default="threshold", help="threshold, bernoulli or hard_concrete")
+    demo.add_argument(
+        "--gate", default="threshold", help="threshold (default), bernoulli or hard_concrete"
+    )
     demo.add_argument(
         "--target", default="0.9", help="share of the weights to close, in [0, 1); default: 0.9"
     )

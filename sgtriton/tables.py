@@ -89,8 +89,13 @@ def print_table(
 
 def print_text(text: str, indent: str = "") -> None:
     """Print a sentence within the terminal's width, what follows its first line set in."""
+    print(filled(text, indent))
+
+
+def filled(text: str, indent: str = "") -> str:
+    """A sentence within the terminal's width, what follows its first line set in."""
     width = terminal_width()
-    print(textwrap.fill(text, width, initial_indent=indent, subsequent_indent=f"{indent}  "))
+    return textwrap.fill(text, width, initial_indent=indent, subsequent_indent=f"{indent}  ")
 
 
 def terminal_width() -> int:

@@ -13,11 +13,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from sgtriton_kernels.kinds import GATE_KINDS
 from torch import nn
 
 import sgtriton
+from sgtriton.files import replace_file
 from sgtriton.progress import Progress
 from sgtriton.timing import interleaved_ms
 
@@ -182,7 +183,7 @@ def _run(settings: Settings, out: Path, say: Callable[[str], None], start: float
 
     say("serve   prune, save, load into a fresh model, compare")
     dense_file, served_file = out / "dense.safetensors", out / "served.safetensors"
-    save_file(dense.state_dict(), dense_file)
+    replace_file(dense_file, save(dense.state_dict()))
     sgtriton.save(sgtriton.sparsify(gated), served_file)
     # the file records the forms that were chosen, not why
     reasons = {layer.name: layer.reason for layer in sgtriton.summary(gated).layers}
