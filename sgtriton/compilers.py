@@ -223,7 +223,7 @@ class _Compiler:
             self.was_late = True
             self._process.kill()
 
-        timer = threading.Timer(max(seconds, 0.0), late)
+        timer = threading.Timer(min(max(seconds, 0.0), threading.TIMEOUT_MAX), late)
         timer.daemon = True
         timer.start()
         try:

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -75,6 +76,17 @@ def test_what_has_no_time_left_is_not_compiled(planted):
         assert found._idle == []  # nothing was started
         assert found.build(work, deadline=time.monotonic() + 0.01) == [NO_TIME]
     assert compilers._built == {}
+
+
+def test_time_without_an_end_is_waited_for_like_any_other(planted, monkeypatch):
+    """No clock holds it: the thread that ends a late process failed before it had begun."""
+    failed = []
+    monkeypatch.setattr(threading, "excepthook", failed.append)
+    with Compilers(1) as found:
+        assert found.start(float("inf")) == 1
+        work = [planted("planted_endless", "raise RuntimeError('as ever')")]
+        assert found.build(work, deadline=float("inf")) == ["it does not compile: as ever"]
+    assert failed == []
 
 
 def test_what_was_started_ahead_is_there_when_it_is_asked(planted, monkeypatch):
