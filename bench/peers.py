@@ -18,7 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .timed import Call, said
+from sgtriton.tables import in_a_line
+
+from .timed import Call
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ def candidates(problem: Problem) -> Iterator[tuple[Peer, Call | str]]:
             try:
                 yield peer, peer.make(problem)
             except Exception as error:  # foreign code: what it raises is its own affair
-                yield peer, f"failed: {said(error)}"
+                yield peer, f"failed: {in_a_line(error)}"
 
 
 def missing(device: torch.device, dtype: torch.dtype) -> dict[str, str]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from sgtriton_kernels._triton import INTERPRETED, why_not_triton
 
+from sgtriton.tables import in_a_line
 from sgtriton.timing import samples_ms
 
 from .options import check_count, check_file
@@ -85,7 +86,7 @@ def take_turns(
             wrong = check(name, call())
             once, peak = _once(call, device)
         except Exception as error:  # a library's, a compiler's or a card's: the others go on
-            found[name] = Taken([], status=f"failed: {said(error)}")
+            found[name] = Taken([], status=f"failed: {in_a_line(error)}")
             continue
         if wrong:
             found[name] = Taken([], status=f"wrong: {wrong}")
@@ -101,12 +102,6 @@ def take_turns(
         for name, ms in zip(calls, taken, strict=True):
             found[name] = Taken(ms, found[name].peak_mib)
     return found
-
-
-def said(error: Exception) -> str:
-    """An error's kind and first line, of a length that a table bears."""
-    first = next(iter(str(error).strip().splitlines()), "")
-    return f"{type(error).__name__}: {first}"[:160].rstrip(": ")
 
 
 def _once(call: Call, device: torch.device) -> tuple[float, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -11,12 +12,12 @@ from sgtriton_kernels.candidate import Candidate
 
 from .cold import ColdTimer
 from .problem import Problem
+from .tables import in_a_line
 
 GAIN = 1.03  # of the present choice's speed, that another must reach to take its place
 _HOPELESS = 1.5  # times the fastest first call, from which a candidate is timed no more
 _ROUNDS = 31  # of calls in turns, after which no more are needed
 _FEWEST = 5  # rounds without which nothing is decided
-_LONGEST = 200  # characters of a reason
 
 
 @dataclass(frozen=True)
@@ -84,16 +85,12 @@ def search(
     for candidate in dict.fromkeys([*always, *others]):
         if time.perf_counter() > until:
             return None
-        reason = _why_not(problem, candidate)
-        if reason is not None:
-            skipped[candidate.name] = reason
-            say(f"{candidate.name} is skipped: {reason}")
-            continue
-        call = _call(problem, candidate)
-        once = timer.ms(call)
-        if once <= 2 * _HOPELESS * min(first.values(), default=once):
-            once = min(once, timer.ms(call))  # a first call may allocate
-        first[candidate] = once
+        found = _tried(problem, candidate, timer, min(first.values(), default=math.inf))
+        if isinstance(found, str):
+            skipped[candidate.name] = found
+            say(f"{candidate.name} is skipped: {found}")
+        else:
+            first[candidate] = found
     if present not in first:
         say(f"what is taken now, {present.name}, is skipped: {skipped[present.name]}")
     if not first:
@@ -110,12 +107,21 @@ def search(
     return replace(found, over_reasoned=statistics.median(over))
 
 
-def _why_not(problem: Problem, candidate: Candidate) -> str | None:
+def _tried(problem: Problem, candidate: Candidate, timer: ColdTimer, fastest: float) -> float | str:
+    """Milliseconds of a first call; or why a candidate is out of the question.
+
+    Args:
+        fastest: milliseconds of the fastest candidate until now.
+    """
+    call = _call(problem, candidate)
     try:
-        return problem.wrong(candidate)
+        if (reason := problem.wrong(candidate)) is not None:
+            return reason
+        once = timer.ms(call)
+        # a first call may allocate
+        return min(once, timer.ms(call)) if once <= 2 * _HOPELESS * fastest else once
     except Exception as error:
-        first = (str(error).strip().splitlines() or [""])[0]
-        return f"fails: {type(error).__name__}: {first[:_LONGEST]}"
+        return f"fails: {in_a_line(error)}"
 
 
 def _call(problem: Problem, candidate: Candidate) -> Callable[[], object]:

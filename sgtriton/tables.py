@@ -10,9 +10,10 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import TextIO
 
-__all__ = ["format_table", "print_table", "print_text", "terminal_width"]
+__all__ = ["format_table", "in_a_line", "print_table", "print_text", "terminal_width"]
 
 _GAP = "  "
+_LONGEST = 160  # characters of an error
 _MIN_WRAP = 12  # a column of text is never wrapped narrower than this
 _JOINT = re.compile(r"(?<=[._/])|(?<=[a-z])(?=[A-Z])")  # encoder.layers, BlockSparseLinear
 # 12  -1.5  97.8 %  1,024  2.1e-05  36.2 s  0.15x
@@ -96,6 +97,12 @@ def filled(text: str, indent: str = "") -> str:
     """A sentence within the terminal's width, what follows its first line set in."""
     width = terminal_width()
     return textwrap.fill(text, width, initial_indent=indent, subsequent_indent=f"{indent}  ")
+
+
+def in_a_line(error: Exception) -> str:
+    """An error's kind and the first line of what it says, of a length that a table bears."""
+    first = next(iter(str(error).strip().splitlines()), "")
+    return f"{type(error).__name__}: {first}"[:_LONGEST].rstrip(": ")
 
 
 def terminal_width() -> int:

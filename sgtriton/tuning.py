@@ -26,6 +26,7 @@ from .compilers import Compilers
 from .products import AnyProduct, Work, products_of, work_of
 from .promising import compilers_for, contenders, promising
 from .search import Found, NoneRight, search
+from .tables import in_a_line
 from .tune_cache import sweep, write_record
 from .tune_ranks import agreed, in_group, receive_outcomes, send_outcomes
 from .tune_report import Tuned, TuneInterrupted, TuneReport
@@ -239,13 +240,19 @@ def _tune_one(
     chosen = promising(cell, device, present.candidate, compilers, left)
     for name, reason in chosen.refused.items():
         tell_of(f"{name} is skipped: {reason}")
-    with without_autocast(device):  # products are searched in their own dtype
-        problem = item.problem(random)
-        if time.perf_counter() + problem.least_seconds(len(chosen.candidates)) > until:
-            return Tuned(item.name, cell, "not reached", present)
-        found = search(
-            problem, present.candidate, chosen.candidates, until, tell_of, analytic(cell).candidate
-        )
+    try:
+        with without_autocast(device):  # products are searched in their own dtype
+            problem = item.problem(random)
+            if time.perf_counter() + problem.least_seconds(len(chosen.candidates)) > until:
+                return Tuned(item.name, cell, "not reached", present)
+            problem.prepare()
+            found = search(
+                problem, present.candidate, chosen.candidates, until, tell_of,
+                analytic(cell).candidate,
+            )  # fmt: skip
+    except (MemoryError, RuntimeError) as error:  # memory, say; it may suffice for other products
+        notes.append(f"{item.label}: nothing could be compared: {in_a_line(error)}")
+        return Tuned(item.name, cell, "not compared", present)
     if found is None:
         return Tuned(item.name, cell, "not reached", present)
     skipped = chosen.refused | found.skipped

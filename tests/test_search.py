@@ -116,6 +116,22 @@ def test_candidate_that_fails_is_skipped_with_a_line(run):
     assert lines == ["b is skipped: fails: RuntimeError: out of resource: shared memory"]
 
 
+def test_candidate_that_fails_when_it_is_timed_is_skipped_with_a_line(run):
+    """Its inputs are others than those that it was checked with; the whole search ended."""
+    lines, fake = [], Fake({"a": 1.0, "b": 0.1})
+    real = fake.call
+
+    def call(candidate):
+        if candidate.name == "b":
+            raise RuntimeError("no memory\nfor it")
+        return real(candidate)
+
+    fake.call = call
+    found = run(fake, say=lines.append)
+    assert found.candidate.name == "a"
+    assert lines == ["b is skipped: fails: RuntimeError: no memory"]
+
+
 def test_present_choice_that_is_wrong_gives_way(run):
     found = run(Fake({"a": 1.0, "b": 3.0}, wrong={"a": "wrong in 1 of 4 elements"}))
     assert found.candidate.name == "b"

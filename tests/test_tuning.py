@@ -15,6 +15,7 @@ from torch import nn
 
 import sgtriton
 from sgtriton import cold, problem, search, tuning
+from sgtriton.bsr_problem import BsrLinearProblem
 from sgtriton.choice_table import measured_entries
 from sgtriton.products import Work
 from sgtriton.promising import Promising
@@ -121,7 +122,7 @@ def told(monkeypatch):
 
     def plant(cell, ms):
         found = SimpleNamespace(
-            device=torch.device("cpu"), least_seconds=lambda count: 0.0,
+            device=torch.device("cpu"), least_seconds=lambda count: 0.0, prepare=lambda: None,
             wrong=lambda candidate: None, call=lambda candidate: ms(candidate.name),
         )  # fmt: skip
         return Work("told", cell, found.device, lambda random: found)
@@ -314,6 +315,31 @@ def test_product_that_nothing_computes_rightly_is_not_called_unreached(model, ca
     assert any(line.endswith(f"{taken} is skipped: {row.skipped[taken]}") for line in said)
     assert not list(cache.glob("*.json"))
     assert lookup.choose(row.cell, torch.device("cpu")) == row.choice
+
+
+@pytest.mark.parametrize("what", ["inputs", "whole_inputs", "expected", "check_work"])
+def test_product_that_memory_does_not_suffice_for_is_no_fault_of_its_candidates(
+    what, model, cache, monkeypatch
+):
+    """Each was called wrong; or the search ended, and that for other products with it."""
+    real = getattr(BsrLinearProblem, what)
+
+    def short(found, *inputs):
+        if found.cell.M == 3:
+            raise torch.OutOfMemoryError("tried to allocate 32 GiB\nof 24")
+        return real(found, *inputs)
+
+    monkeypatch.setattr(BsrLinearProblem, what, short)
+    said = []
+    report = tune_products(products_of(model, torch.randn(9, 64)), 60, say=said.append)
+    statuses = {row.cell.M: row.status for row in report.rows}
+    assert statuses.pop(3) == "not compared"
+    assert set(statuses.values()) <= {"kept", "changed"}
+    assert (report.timed, report.wrong) == (2, 0)
+    why = "second, M 3: nothing could be compared: OutOfMemoryError: tried to allocate 32 GiB"
+    assert report.notes == (why,)
+    assert not any("M 3" in line for line in said)
+    assert len(list(cache.glob("*.json"))) == 2
 
 
 def test_time_is_kept(model, cache):
