@@ -8,6 +8,7 @@ the fastest. A choice that is the fastest has the ratio 1.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import statistics
 import textwrap
@@ -104,7 +105,8 @@ def measure(
             taken = samples[candidate.name]
             far = done >= 3 and min(taken) > 3 * min(map(min, samples.values()))
             if not far:  # what is thrice as slow needs no more
-                taken.append(timer.ms(lambda c=candidate: problem.call(c)))
+                call = functools.partial(problem.call, candidate)
+                taken.append(timer.warmed_ms(call, min(taken, default=0.0)))
     fastest = min(map(statistics.median, samples.values()))
     rows = []
     for name, ms in samples.items():

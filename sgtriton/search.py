@@ -97,7 +97,7 @@ def search(
         return NoneRight(skipped)
     best = min(first.values())
     kept = [c for c, ms in first.items() if ms <= _HOPELESS * best or c in always]
-    samples = _in_turns(problem, kept, timer, until)
+    samples = _in_turns(problem, {candidate: first[candidate] for candidate in kept}, timer, until)
     if len(samples[kept[0]]) < _FEWEST:
         return None
     found = _decide(samples, present if present in first else None, len(first), skipped)
@@ -129,20 +129,25 @@ def _call(problem: Problem, candidate: Candidate) -> Callable[[], object]:
 
 
 def _in_turns(
-    problem: Problem, kept: Sequence[Candidate], timer: ColdTimer, until: float
+    problem: Problem, before: Mapping[Candidate, float], timer: ColdTimer, until: float
 ) -> dict[Candidate, list[float]]:
-    """Milliseconds by round; those that stay far behind leave after the first rounds."""
-    samples: dict[Candidate, list[float]] = {candidate: [] for candidate in kept}
-    racing = list(kept)
+    """Milliseconds by round; those that stay far behind leave after the first rounds.
+
+    Args:
+        before: those that race, the first of them to the end; milliseconds of an earlier call.
+    """
+    samples: dict[Candidate, list[float]] = {candidate: [] for candidate in before}
+    first, *_ = racing = list(before)
     for done in range(_ROUNDS):
         for candidate in racing:
             if time.perf_counter() > until:
                 return _whole_rounds(samples, racing)
-            samples[candidate].append(timer.ms(_call(problem, candidate)))
+            ms = timer.warmed_ms(_call(problem, candidate), before[candidate])
+            samples[candidate].append(ms)
         if done + 1 == _FEWEST and len(racing) > 2:
             medians = {c: statistics.median(samples[c]) for c in racing}
             least = min(medians.values())
-            racing = [c for c in racing if medians[c] <= 1.2 * least or c == kept[0]]
+            racing = [c for c in racing if medians[c] <= 1.2 * least or c == first]
     return samples
 
 

@@ -1,8 +1,7 @@
 """Interleaved timing: candidates take turns, so that a busy machine slows each of them alike.
 
 Each timed call finds the second-level cache cold, as a layer of a model does whose other layers ran
-since its last call. Before that the candidate is called once unmeasured: otherwise it would pay for
-what the one before it left in larger caches, and who comes after a relative would gain.
+since its last call; larger ones hold what the candidate left there in a call just before.
 """
 
 from __future__ import annotations
@@ -14,8 +13,6 @@ from collections.abc import Callable, Sequence
 import torch
 
 from .cold import ColdTimer
-
-_LONG = 50.0  # milliseconds from which what the caches hold makes no difference to a call
 
 
 def interleaved_ms(
@@ -58,15 +55,13 @@ def samples_ms(
     rounds: int = 5,
 ) -> list[list[float]]:
     """Milliseconds of each timed call of each candidate; see :func:`interleaved_ms`."""
-    timer, is_long = ColdTimer(device), []
+    timer, before = ColdTimer(device), []
     for call in candidates:
         call()  # first calls compile and allocate
-        is_long.append(timer.ms(call) > _LONG)
+        before.append(timer.ms(call))
     samples: list[list[float]] = [[] for _ in candidates]
     end = time.perf_counter() + seconds
     while len(samples[0]) < rounds or time.perf_counter() < end:
-        for call, long, taken in zip(candidates, is_long, samples, strict=True):
-            if not long:
-                call()
-            taken.append(timer.ms(call))
+        for call, once, taken in zip(candidates, before, samples, strict=True):
+            taken.append(timer.warmed_ms(call, once))
     return samples

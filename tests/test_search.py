@@ -48,7 +48,10 @@ class Fake:
     def timer(self, device):
         fake = self
 
-        class Timer:
+        class Timer(ColdTimer):
+            def __init__(self):
+                pass
+
             def ms(self, call):
                 call()
                 busy = 1 + fake.noise * fake.random.expovariate(1)
@@ -152,11 +155,26 @@ def test_nothing_is_decided_without_time(run):
 
 
 def test_search_stops_in_time(run, monkeypatch):
-    clock = iter(range(10_000))
-    monkeypatch.setattr(module.time, "perf_counter", lambda: float(next(clock)))
     fake = Fake({"a": 1.0, "b": 0.9, "c": 0.95})
-    run(fake, until=40.0)
-    assert fake.calls <= 44
+    monkeypatch.setattr(module.time, "perf_counter", lambda: float(fake.calls))  # a second each
+    assert run(fake, until=40.0) is not None
+    assert 40 < fake.calls <= 42  # one that was begun, and the call before it
+
+
+def test_what_another_candidate_leaves_behind_is_not_measured(run):
+    """The first call after another candidate finds larger caches full of other data."""
+    fake = Fake({"a": 1.0, "b": 0.9})
+    real, order = fake.call, []
+
+    def call(candidate):
+        fake.ms["a"] = 1.0 if order[-1:] == ["a"] else 1.5
+        order.append(candidate.name)
+        real(candidate)
+
+    fake.call = call
+    found = run(fake)
+    assert "".join(order).startswith("aabb" + "aabb" * 5)
+    assert (found.candidate.name, found.ms, found.present_ms) == ("b", 0.9, 1.0)
 
 
 def test_hopeless_candidates_cost_one_call(run):
