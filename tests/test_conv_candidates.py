@@ -337,10 +337,8 @@ def test_hostile_records_change_nothing(taken, cache, device):
 
 def test_choice_is_kept_with_the_layer_until_it_may_be_another(monkeypatch, cache, device):
     case, asked = Case(device=device, kernel=(3, 3)), []
-    from sgtriton_kernels import conv_choice as by
-
     real = lookup.choose
-    monkeypatch.setattr(by, "choose", lambda *a: asked.append(a) or real(*a))
+    monkeypatch.setattr(lookup, "choose", lambda *a: asked.append(a) or real(*a))
     for _ in range(3):
         case.out("torch")
     assert len(asked) == 1

@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 
 from ._scratch import scratch_parts
+from .choices import Choices
 
 # Measured on two AVX2 cores: blocks of 16x16 to 64x64, weights of 1024x1024 to 4096x1024.
 ELEMENTS = 1 << 20  # that a batch gathers and writes, or sums of a band that layers add to
@@ -42,20 +43,6 @@ _FEW = 8  # block rows or columns up to which, and rows of x from which on, one 
 _NARROW = 16  # is faster; and sides of a block for which that holds
 _REUSE = 8  # products per element moved, below which (and from 16 rows on) dense is faster
 _GATHERED = 1 << 20  # elements of x that backward gathers at a time
-
-
-class Choices:
-    """What was looked up for a matrix, see :mod:`.bsr_choice`; any thread may ask."""
-
-    def __init__(self) -> None:
-        self._kept: tuple[int, dict[tuple[object, ...], Any]] = (-1, {})
-
-    def of(self, generation: int) -> dict[tuple[object, ...], Any]:
-        """Those of a generation; of earlier ones there are none."""
-        kept = self._kept
-        if kept[0] != generation:
-            kept = self._kept = (generation, {})  # at once: another thread meets one or the other
-        return kept[1]
 
 
 class BlockIndex:

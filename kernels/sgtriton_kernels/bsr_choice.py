@@ -9,15 +9,14 @@ from . import pinned
 from ._operands import is_aligned
 from ._ops import is_capturing
 from ._triton import dot_precision, is_native
-from .block_products import Choices
 from .bsr import BlockSparse
 from .bsr_library import library_serves
 from .candidate import Candidate
 from .cell import Cell
-from .lookup import choose, now
+from .choices import Choices
+from .lookup import choose_and_keep, now
 from .tiles import BsrTile
 
-_MOST = 256  # choices that are kept with a matrix
 _longest = WeakIdKeyDictionary()  # crow -> its version, and the blocks of the longest block row
 
 
@@ -37,20 +36,8 @@ def choice_for(which: str, w: BlockSparse, impl: str, *rows: torch.Tensor) -> Ca
     else:
         choices = w.__dict__.setdefault("_choices", Choices())
         key = which, like.shape[0], like.dtype, all(map(is_aligned, rows)), dot_precision()
-    return choices.of(now.generation).get(key) or _look_up(choices, key, which, w, impl, *rows)
-
-
-def _look_up(
-    choices: Choices, key, which: str, w: BlockSparse, impl: str, *rows: torch.Tensor
-) -> Candidate:
-    kept = choices.of(now.generation)  # before looking: what another thread records is not missed
-    cell = cell_of(which, w, impl, *rows)
-    found = choose(cell, rows[0].device).candidate
-    if len(kept) >= _MOST:
-        kept.clear()
-    if cell.longest is not None:
-        kept[key] = found
-    return found
+    found = choices.of(now.generation).get(key)
+    return found or choose_and_keep(choices, key, cell_of(which, w, impl, *rows), like.device)
 
 
 def cell_of(which: str, w: BlockSparse, impl: str, *rows: torch.Tensor) -> Cell:

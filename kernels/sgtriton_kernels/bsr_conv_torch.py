@@ -29,8 +29,8 @@ from torch._prims_common import suggest_memory_format
 
 from ._ops import is_capturing
 from ._scratch import scratch_parts
-from .block_products import Choices
 from .candidate import Candidate
+from .choices import Choices
 from .conv_geometry import ConvGeometry, Pair
 
 PLACES = 1 << 14  # of images that are computed together; a larger image has a line of its own

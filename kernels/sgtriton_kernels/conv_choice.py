@@ -13,10 +13,8 @@ from .bsr_conv_passes import conv_blocks
 from .candidate import Candidate
 from .conv_cell import ConvCell
 from .conv_geometry import ConvGeometry
-from .lookup import choose, now
+from .lookup import choose_and_keep, now
 from .pinned import choice_of_name
-
-_MOST = 256  # choices that are kept with a layer
 
 
 def conv_choice(
@@ -35,16 +33,9 @@ def conv_choice(
     precision = dot_precision("conv") if impl == "triton" else ""
     key = which, x.shape, x.dtype, x.stride(1) == 1, impl, precision
     found = choices.of(now.generation).get(key)
-    if found is not None:
-        return found
-    kept = choices.of(now.generation)  # before looking: what another thread records is not missed
-    cell = conv_cell_of(which, w, geometry, impl, x)
-    found = choose(cell, x.device).candidate
-    if len(kept) >= _MOST:
-        kept.clear()
-    if cell.longest is not None:
-        kept[key] = found
-    return found
+    return found or choose_and_keep(
+        choices, key, conv_cell_of(which, w, geometry, impl, x), x.device
+    )
 
 
 def conv_cell_of(

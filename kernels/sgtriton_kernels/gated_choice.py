@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from ._triton import dot_precision, is_native
-from .block_products import Choices
 from .blocks import GateLayout
 from .candidates import candidates
+from .choices import Choices, keep
 from .gated_cell import FORWARD, STEP, GatedCell, same_density
 from .gated_torch import most_open
 from .lookup import analytic, choose, now
@@ -64,11 +64,9 @@ def method_for(
     kept = _choices.of(now.generation)  # before looking: what another thread records is not missed
     plan = kept.get(key)
     if plan is None:
-        if len(kept) >= _MOST:
-            kept.clear()
         rows = math.prod(x.shape[:-1])
         cell = cell_of(rows, x, w.dtype, layout, kind, reopen, trains, dgate, impl)
-        plan = kept[key] = _plan(cell, layout, device)
+        plan = keep(kept, key, _plan(cell, layout, device), _MOST)
     return plan if isinstance(plan, str) else plan.method(count_open(gate, kind))
 
 

@@ -18,10 +18,12 @@ from ._triton import is_native
 from .candidate import ANALYTIC, Candidate
 from .candidates import candidates, named, reasoned
 from .cell import Cell
+from .choices import Choices, keep
 from .records import cache_folder, file_name, place, read_record, table_entry
 from .shared_memory import fits
 
 _MOST = 4096  # choices that are remembered
+_MOST_KEPT = 256  # with a matrix or a layer
 # what is predicted of a candidate must be so much better than reasoning to be believed, and to be
 # worth an entry of a table
 BELIEVED = 1.1
@@ -88,9 +90,18 @@ def choose(cell: Cell, device: torch.device) -> Choice:
     key = cell, device, threads, now.generation
     found = _chosen.get(key)
     if found is None:
-        if len(_chosen) >= _MOST:
-            _chosen.clear()
-        found = _chosen[key] = _look_up(cell, device)
+        found = keep(_chosen, key, _look_up(cell, device), _MOST)
+    return found
+
+
+def choose_and_keep(
+    choices: Choices, key: tuple[object, ...], cell: Cell, device: torch.device
+) -> Candidate:
+    """The candidate that a product takes; kept under a key of the caller's."""
+    kept = choices.of(now.generation)  # before looking: what another thread records is not missed
+    found = choose(cell, device).candidate
+    if cell.longest is not None:  # else a capture forbade to count, which the next call may
+        keep(kept, key, found, _MOST_KEPT)
     return found
 
 
