@@ -15,8 +15,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
-from sgtriton_kernels.bsr_candidates import cut
-from sgtriton_kernels.candidate import Candidate
+from sgtriton_kernels.candidate import Candidate, cut
 from sgtriton_kernels.cards import Card, card, card_of
 from sgtriton_kernels.cell import Cell
 from sgtriton_kernels.lookup import analytic, recordable

@@ -7,10 +7,10 @@ import pytest
 import torch
 from helpers import assert_exact, integers, poisoned
 from sgtriton_kernels import BlockSparse, bsr_linear
-from sgtriton_kernels import bsr_candidates as module
 from sgtriton_kernels._triton import INTERPRETED
 from sgtriton_kernels.bsr_choice import cell_of
 from sgtriton_kernels.bsr_product import bsr_linear_dvalues, bsr_linear_dx
+from sgtriton_kernels.candidate import cut
 from sgtriton_kernels.candidates import candidates, named
 from sgtriton_kernels.cell import OPS, Cell
 
@@ -82,12 +82,12 @@ def test_only_what_serves_is_offered_and_no_tile_twice():
         for op, engine in itertools.product(OPS, (True, False)):
             cell = dataclasses.replace(CELL, op=op, block=block, M=m, aligned=aligned)
             found = candidates(cell, engine)
-            cut = [module.cut(c.tile, cell) for c in found if c.tile is not None]
-            assert len(set(cut)) == len(cut) > 0
+            launched = [cut(c.tile, cell) for c in found if c.tile is not None]
+            assert len(set(launched)) == len(launched) > 0
             assert {c.name for c in found} <= set(named(op, "triton", False))
-            bulk = [tile for tile in cut if tile.bulk]
+            bulk = [tile for tile in launched if tile.bulk]
             assert not bulk or (engine and aligned)
-            assert all(m <= 8 for tile in cut if tile.form == "vector")
+            assert all(m <= 8 for tile in launched if tile.form == "vector")
             assert ("unpack" in [c.name for c in found]) == (op != "bsr_linear dvalues")
 
 

@@ -14,7 +14,7 @@ from sgtriton_kernels import conv_candidates as module
 from sgtriton_kernels._triton import INTERPRETED
 from sgtriton_kernels.blocks import gate_layout, weight_to_matrix
 from sgtriton_kernels.bsr_conv_passes import conv_blocks, conv_bwd
-from sgtriton_kernels.candidate import ANALYTIC
+from sgtriton_kernels.candidate import ANALYTIC, cut
 from sgtriton_kernels.candidates import candidates, named
 from sgtriton_kernels.conv_arguments import geometry_of
 from sgtriton_kernels.conv_cell import CONV_OPS, ConvCell
@@ -148,11 +148,18 @@ def test_only_what_serves_is_offered_and_no_tile_twice():
         )  # fmt: skip
         found = candidates(cell)
         tiles = [c.tile for c in found if c.tile is not None]
-        cut = [module._cut(tile, cell) for tile in tiles]
-        assert len(set(cut)) == len(cut) > 0
+        launched = [cut(tile, cell) for tile in tiles]
+        assert len(set(launched)) == len(launched) > 0
         small = dtype == torch.float32 or not aligned
-        assert not small or all(module.is_small(op, tile) for tile in cut)
+        assert not small or all(module.is_small(op, tile) for tile in launched)
         assert {c.name for c in found} <= set(named(op, "triton", False))
+
+
+def test_tiles_for_a_cpu_that_would_be_the_same_are_one():
+    cell = dataclasses.replace(CARD, block=(16, 16), native=True)
+    assert [c.name for c in candidates(cell)] == [
+        "x_left_n16_m16_k16_s1_w1", "x_left_n16_m4_k16_s1_w1", "unpack",
+    ]  # fmt: skip
 
 
 def test_ways_that_would_be_the_same_are_one():

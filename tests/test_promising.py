@@ -7,8 +7,7 @@ import random
 import pytest
 import torch
 from sgtriton_kernels import gate_layout, lookup, records, shared_memory
-from sgtriton_kernels.bsr_candidates import cut
-from sgtriton_kernels.candidate import UNPACK
+from sgtriton_kernels.candidate import UNPACK, cut
 from sgtriton_kernels.candidates import candidates
 from sgtriton_kernels.cards import card
 from sgtriton_kernels.cell import OPS, Cell

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 
 from .block_products import AT_ONCE, ELEMENTS, choose_way
 from .bsr_library import library_is_faster, library_serves
-from .candidate import UNPACK, Candidate, of_tiles
+from .candidate import UNPACK, Candidate, each_launch_once, of_tiles
 from .cell import Cell
 from .tiles import BsrTile, tile_for_bsr_linear
 
@@ -130,14 +129,7 @@ def serving(cell: Cell, found: Iterable[Candidate], copy_engine: bool) -> Iterat
     if cell.impl == "torch":
         yield from _ways(cell, found)
         return
-    kept: dict[BsrTile | None, Candidate] = {}
-    for candidate in found:
-        tile = candidate.tile
-        if tile is None:
-            kept[None] = candidate
-        elif _serves(tile, cell, copy_engine):
-            kept.setdefault(cut(tile, cell), candidate)
-    yield from kept.values()
+    yield from each_launch_once(found, cell, lambda tile: _serves(tile, cell, copy_engine))
 
 
 def reasoned(cell: Cell) -> tuple[Candidate, str]:
@@ -164,13 +156,6 @@ def _reasoned_way(cell: Cell) -> tuple[Candidate, str]:
     candidate = ways[way]
     assert candidate.elements in (None, ELEMENTS), candidate
     return candidate, reasons
-
-
-def cut(tile: BsrTile, cell: Cell) -> BsrTile:
-    """What a tile is of a product's blocks: tiles that are equal then are the same launch."""
-    bn, bk = cell.block
-    n = tile.BLOCK_N if tile.form == "pairs" else min(tile.BLOCK_N, bn)
-    return replace(tile, BLOCK_N=n, BLOCK_K=min(tile.BLOCK_K, bk))
 
 
 def _serves(tile: BsrTile, cell: Cell, copy_engine: bool) -> bool:

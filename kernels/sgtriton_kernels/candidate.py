@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 
+from .cell import Cell
 from .tiles import BsrTile
 
 
@@ -34,3 +36,28 @@ UNPACK = Candidate("unpack", way="unpack")
 def of_tiles(*tiles: BsrTile) -> tuple[Candidate, ...]:
     """Each of some tiles as a candidate."""
     return tuple(Candidate(tile.name, tile) for tile in tiles)
+
+
+def cut(tile: BsrTile, cell: Cell) -> BsrTile:
+    """What a tile is of a product's blocks: tiles that are equal then are the same launch."""
+    bn, bk = cell.block
+    n = tile.BLOCK_N if tile.form == "pairs" else min(tile.BLOCK_N, bn)
+    return replace(tile, BLOCK_N=n, BLOCK_K=min(tile.BLOCK_K, bk))
+
+
+def each_launch_once(
+    found: Iterable[Candidate], cell: Cell, serves: Callable[[BsrTile], bool]
+) -> Iterator[Candidate]:
+    """Of some candidates those whose tiles serve a product, and those without a tile.
+
+    Args:
+        found: of tiles that are the same launch the first is taken.
+        serves: whether a tile can, as it was given.
+    """
+    launches: set[BsrTile] = set()
+    for candidate in found:
+        if candidate.tile is None:
+            yield candidate
+        elif serves(candidate.tile) and (launch := cut(candidate.tile, cell)) not in launches:
+            launches.add(launch)
+            yield candidate

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from math import prod
 
 from .bsr_conv_torch import GATHERED, PLACES, batch, images_at_once, outputs_at_once
-from .candidate import UNPACK, Candidate, of_tiles
+from .candidate import UNPACK, Candidate, cut, each_launch_once, of_tiles
 from .conv_cell import ConvCell
 from .tiles import BsrTile, tile_for_bsr_conv
 
@@ -82,14 +81,7 @@ def serving(cell: ConvCell, found: Iterable[Candidate], copy_engine: bool) -> It
     if cell.impl == "torch":
         yield from _ways(cell, found)
         return
-    kept: dict[BsrTile | None, Candidate] = {}
-    for candidate in found:
-        tile = candidate.tile
-        if tile is None:
-            kept[None] = candidate
-        elif cell.native or _serves(tile := _cut(tile, cell), cell):
-            kept.setdefault(tile, candidate)
-    yield from kept.values()
+    yield from each_launch_once(found, cell, lambda tile: cell.native or _serves(tile, cell))
 
 
 def reasoned(cell: ConvCell) -> tuple[Candidate, str]:
@@ -127,11 +119,6 @@ def _is_dense_faster(cell: ConvCell) -> bool:
     return _CALL + _COPY * copied + cell.nnz * outputs * (bn * bk + _VISIT) > dense
 
 
-def _cut(tile: BsrTile, cell: ConvCell) -> BsrTile:
-    bn, bk = cell.block
-    return replace(tile, BLOCK_N=min(tile.BLOCK_N, bn), BLOCK_K=min(tile.BLOCK_K, bk))
-
-
 def is_small(op: str, tile: BsrTile) -> bool:
     """Whether no card spills a tile of fp32 values, or of channels that 16 does not divide."""
     sides = {
@@ -143,7 +130,8 @@ def is_small(op: str, tile: BsrTile) -> bool:
 
 
 def _serves(tile: BsrTile, cell: ConvCell) -> bool:
-    if (cell.dtype.itemsize > 2 or not cell.aligned) and not is_small(cell.op, tile):
+    small = is_small(cell.op, cut(tile, cell))
+    if (cell.dtype.itemsize > 2 or not cell.aligned) and not small:
         return False
     if cell.op == "bsr_conv dvalues":
         return tile.split == 1 or 4 * tile.split * tile.BLOCK_M <= cell.M

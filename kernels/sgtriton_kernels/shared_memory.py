@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from .candidate import cut
 from .cell import Cell
 from .records import architecture
 from .tiles import BsrTile
@@ -38,9 +39,8 @@ def bytes_of(tile: BsrTile, cell: Cell, arch: str) -> int:
         cell: what it computes.
         arch: ``"sm_90"``, ``"gfx942"``, ...
     """
-    bn, bk = cell.block
-    m, k = tile.BLOCK_M, min(tile.BLOCK_K, bk)
-    n = tile.BLOCK_N if tile.form == "pairs" else min(tile.BLOCK_N, bn)
+    part = cut(tile, cell)
+    n, m, k = part.BLOCK_N, part.BLOCK_M, part.BLOCK_K
     step = {"fwd": (n + m) * k, "dx": (k + m) * n, "dvalues": (n + k) * m}[cell.op.split()[1]]
     wide = cell.dtype.itemsize > 2
     all_of_them = arch in _FROM_BUFFERS and (not wide or cell.precision == "tf32")
