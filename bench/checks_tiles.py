@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from sgtriton_kernels import bsr_linear, bsr_linear_ref
 from sgtriton_kernels._triton import is_native
 from sgtriton_kernels.bsr_library import library_serves
-from sgtriton_kernels.bsr_product import bsr_linear_dvalues, bsr_linear_dx
+from sgtriton_kernels.bsr_linear_passes import linear_dvalues, linear_dx
 from sgtriton_kernels.candidate import Candidate
 from sgtriton_kernels.candidates import named
 from sgtriton_kernels.tiles import BsrTile
@@ -79,8 +79,6 @@ def _run(place: Place, op: str, size, block: Pair, dtype, candidate: Candidate) 
     """Judge a candidate where it can compute."""
     if candidate.name == "library" and not library_serves(size[1:], block, dtype):
         raise SkippedError("the library has no product of such blocks or dtypes")
-    if candidate.tile is None and op == "bsr_linear dx":
-        raise SkippedError("PyTorch's own product of the dense weight")
     try:
         make = _forward if op == "bsr_linear fwd" else _backward
         judged(make, place, op, size, block, dtype, candidate)
@@ -109,13 +107,9 @@ def _backward(place: Place, op: str, size, block: Pair, dtype, candidate: Candid
     m, n, k = size
     make = functools.partial(values, dtype=dtype, device=place.device, whole=m == 1)
     w, x, dy = sparse(n, k, block, dtype, place.device, m == 1), make(m, k), make(m, n)
-    tile = candidate.tile
-    assert tile is not None
     calls: dict[str, Callable[[], torch.Tensor]] = {
-        "bsr_linear dx": lambda: bsr_linear_dx(dy, w.values, w.ccol, w.row, w.perm, k, tile),
-        "bsr_linear dvalues": lambda: bsr_linear_dvalues(
-            dy, x, w.values, w.row, w.col, w.perm, tile
-        ),
+        "bsr_linear dx": lambda: linear_dx(dy, w.values, w, candidate),
+        "bsr_linear dvalues": lambda: linear_dvalues(dy, x, w.values, w, candidate),
     }
     leaf = 0 if op == "bsr_linear dx" else 1
 

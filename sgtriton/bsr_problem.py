@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from sgtriton_kernels import BlockSparse, bsr_linear
-from sgtriton_kernels.bsr_product import bsr_linear_dvalues, bsr_linear_dx
+from sgtriton_kernels.bsr_linear_passes import linear_dvalues, linear_dx
 from sgtriton_kernels.candidate import Candidate
 from sgtriton_kernels.cell import Cell
 
@@ -42,13 +42,9 @@ class BsrLinearProblem(Problem):
         if self.cell.op == "bsr_linear fwd":
             return bsr_linear(x, w, impl=self.cell.impl, tile=candidate.tile or candidate.name)
         assert dy is not None
-        tile, k = candidate.tile, self.cell.K
         if self.cell.op == "bsr_linear dx":
-            if tile is None:
-                return dy @ w.to_dense()
-            return bsr_linear_dx(dy, w.values, w.ccol, w.row, w.perm, k, tile)
-        assert tile is not None
-        return bsr_linear_dvalues(dy, x, w.values, w.row, w.col, w.perm, tile)
+            return linear_dx(dy, w.values, w, candidate)
+        return linear_dvalues(dy, x, w.values, w, candidate)
 
     def expected(
         self, x: torch.Tensor, dy: torch.Tensor | None, w: BlockSparse

@@ -132,7 +132,7 @@ def test_names_are_the_only_thing_that_is_looked_up():
             assert name == candidate.name
             assert candidate.tile is None or candidate.tile.name == name
         if impl == "triton":
-            assert ("unpack" in found) == (op != "bsr_conv dvalues")
+            assert "unpack" in found
         else:
             assert "dense" in found
 

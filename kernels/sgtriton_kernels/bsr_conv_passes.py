@@ -119,18 +119,15 @@ def conv_bwd(
         with without_autocast(x.device):
             return bsr_conv_bwd_torch(dout, x, values, conv_blocks(w, geometry), *ways)
     dx = dvalues = None
-    if by_dx is not None and by_dx.tile is None:
+    by_library = tuple(by is not None and by.tile is None for by in (by_dx, by_dvalues))
+    if any(by_library):
         with without_autocast(x.device):
-            needs = True, False
-            dx, _ = conv_dense_bwd(dout, x, values, conv_blocks(w, geometry), needs)
-        assert dx is not None
-        dx = dx.contiguous(memory_format=result_format(x))
-    elif by_dx is not None:
-        assert by_dx.tile is not None
+            dx, dvalues = conv_dense_bwd(dout, x, values, conv_blocks(w, geometry), by_library)
+        dx = None if dx is None else dx.contiguous(memory_format=result_format(x))
+    if by_dx is not None and by_dx.tile is not None:
         dx = torch.empty_like(x, memory_format=result_format(x))
         bsr_conv_dx(dout, values, w.col, w.row, w.perm, geometry, dx, by_dx.tile)
-    if by_dvalues is not None:
-        assert by_dvalues.tile is not None
+    if by_dvalues is not None and by_dvalues.tile is not None:
         dvalues = torch.empty_like(values)
         bsr_conv_dvalues(dout, x, w.row, w.col, w.perm, geometry, dvalues, by_dvalues.tile)
     return dx, dvalues

@@ -29,10 +29,9 @@ from .activations import ACTIVATIONS, check_activation
 from .bsr import BlockSparse
 from .bsr_checks import check_agrees, check_dtype, check_kinds, why_no_kernel
 from .bsr_choice import cell_of, choice_for, name_of_choice
+from .bsr_linear_passes import linear_dvalues, linear_dx
 from .bsr_product import (
     PairedRows,
-    bsr_linear_dvalues,
-    bsr_linear_dx,
     bsr_linear_fwd,
     bsr_linear_fwd_pairs,
     pair_rows,
@@ -198,16 +197,10 @@ def _backward(
     dx = dvalues = None
     if impl == "triton":
         if need_dx:
-            tile = choice_for("dx", w, impl, dy2).tile
-            if tile is None:
-                with without_autocast(dy2.device):
-                    dx = dy2 @ _dense(values, w)
-            else:
-                dx = bsr_linear_dx(dy2, values, w.ccol, w.row, w.perm, k, tile)
+            dx = linear_dx(dy2, values, w, choice_for("dx", w, impl, dy2))
         if need_dvalues:
-            tile = choice_for("dvalues", w, impl, dy2, x2).tile
-            assert tile is not None
-            dvalues = bsr_linear_dvalues(dy2, x2, values, w.row, w.col, w.perm, tile)
+            by_dvalues = choice_for("dvalues", w, impl, dy2, x2)
+            dvalues = linear_dvalues(dy2, x2, values, w, by_dvalues)
     elif need_dx or need_dvalues:
         with without_autocast(x.device):
             dx, dvalues = bsr_linear_bwd_torch(dy2, x2, values, w.index, need_dx, need_dvalues)

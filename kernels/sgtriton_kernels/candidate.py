@@ -18,8 +18,9 @@ class Candidate:
         tile: of the Triton kernel; ``None`` if another product computes it.
         way: of the ``torch`` implementation: one of :func:`.block_products.multiply`, or
             ``"library"``, the library's own product of such a matrix; ``"unpack"``: the dense
-            weight is filled in, then the library's dense product (both implementations). Of a
-            gated layer its method.
+            weight is filled in, then the library's dense product (both implementations); of the
+            gradient of the values that product, of which the stored blocks are taken. Of a gated
+            layer its method.
         elements: that such a way handles at a time.
     """
 

@@ -72,8 +72,7 @@ def named(op: str, impl: str, native: bool) -> tuple[Candidate, ...]:
     """Every candidate of a pass; see :func:`.candidates.named`."""
     if impl == "torch":
         return _WAYS[op]
-    tiles = (_NATIVE if native else _CARDS)[op]
-    return tiles if op == "bsr_conv dvalues" else (*tiles, UNPACK)
+    return (*(_NATIVE if native else _CARDS)[op], UNPACK)
 
 
 def serving(cell: ConvCell, found: Iterable[Candidate], copy_engine: bool) -> Iterator[Candidate]:

@@ -180,7 +180,13 @@ def _torch_version() -> str:
 
 # what computes the products, by op and implementation: a change of theirs makes records stale
 _SOURCES = {
-    ("bsr_linear", "triton"): ("_bf16.py", "_triton.py", "activations.py", "bsr_product.py"),
+    ("bsr_linear", "triton"): (
+        "_bf16.py",
+        "_triton.py",
+        "activations.py",
+        "bsr_linear_passes.py",
+        "bsr_product.py",
+    ),
     ("bsr_linear", "torch"): ("_scratch.py", "block_products.py", "bsr_library.py", "bsr_torch.py"),
     ("gated_linear", "triton"): (
         "_bf16.py",
