@@ -122,14 +122,13 @@ def unpack_seconds(card: Card, cell: Cell) -> float:
     """The dense product with a weight that is filled in first.
 
     Zeros are written, then blocks read and written over them: two more kernels, whose bytes go
-    through memory.
+    through memory. Of the gradient of the values blocks are read and written afterwards, by one.
     """
-    if cell.op == "bsr_linear dvalues":
-        raise ValueError("the gradient of the values multiplies no weight: there is none to unpack")
-    written = (1 + 2 * cell.density) * cell.N * cell.K * cell.dtype.itemsize
+    whole, kernels = (0, 1) if cell.op == "bsr_linear dvalues" else (1, 2)
+    written = (whole + 2 * cell.density) * cell.N * cell.K * cell.dtype.itemsize
     indices = cell.nnz + cell.block_rows
     seconds = (written + _INDEX * indices) / (card.bandwidth_gbs * 1e9)
-    return seconds + 2 * START + dense_seconds(card, cell)
+    return seconds + kernels * START + dense_seconds(card, cell)
 
 
 def predict(card: Card, cell: Cell, tile: BsrTile | None = None) -> Prediction:
