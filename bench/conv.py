@@ -21,6 +21,7 @@ from sgtriton_kernels.blocks import gates_to_pattern, matrix_to_weight, weight_t
 from torch import nn
 
 import sgtriton
+from sgtriton.patterns import random_pattern
 from sgtriton.tables import format_table
 
 from . import timed
@@ -74,9 +75,7 @@ def pruned_weight(
 ) -> tuple[BlockSparse, torch.Tensor]:
     """The open blocks of a random weight, and the dense weight with zeros in their place."""
     layout = gate_layout((out_channels, channels, 3, 3), (BLOCK, BLOCK))
-    is_open = torch.ones(layout.gate_shape, dtype=torch.bool)
-    order = torch.randperm(is_open.numel())
-    is_open.view(-1)[order[: round(closed * len(order))]] = False
+    is_open = random_pattern(layout.gate_shape, round(closed * math.prod(layout.gate_shape)))
     weight = torch.randn(layout.weight_shape).div_((9 * channels) ** 0.5).to(dtype)
     pattern = gates_to_pattern(is_open, layout)
     matrix = BlockSparse.from_dense(weight_to_matrix(weight, layout), layout.block, pattern)

@@ -23,6 +23,7 @@ from torch import nn
 
 import sgtriton
 from sgtriton.layers import GatedModule
+from sgtriton.patterns import random_pattern
 from sgtriton.tables import format_table
 
 from . import timed
@@ -69,10 +70,8 @@ def close_blocks(model: nn.Module, closed: float) -> None:
     for layer in model.modules():
         if isinstance(layer, GatedModule):
             gates = layer.gate.numel()
-            order = torch.randperm(gates)
-            flat = torch.full((gates,), 0.9)
-            flat[order[: min(gates - 1, math.floor(closed * gates))]] = 0.1
-            layer.gate.copy_(flat.view_as(layer.gate))
+            is_open = random_pattern(layer.gate.shape, min(gates - 1, math.floor(closed * gates)))
+            layer.gate.copy_(torch.where(is_open, 0.9, 0.1))
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from sgtriton_kernels import BlockSparse, bsr_linear
 from torch import nn
 
 import sgtriton
+from sgtriton.patterns import random_pattern
 
 from . import peers, roofs, timed
 from .grids import Sweep, Task
@@ -63,10 +64,8 @@ QUICK = Grid(("float32",), (32,), (0.5, 0.9), ((256, 256),), (1, 64))
 def pruned_layer(n: int, k: int, block: int, sparsity: float, dtype: torch.dtype) -> nn.Linear:
     """A dense layer without bias, of whose blocks that share is 0, at random."""
     layer = nn.Linear(k, n, bias=False)
-    shape = (n // block, k // block)
-    order = torch.randperm(math.prod(shape))
-    is_open = torch.ones(shape, dtype=torch.bool)
-    is_open.view(-1)[order[: round(sparsity * len(order))]] = False
+    grid = (n // block, k // block)
+    is_open = random_pattern(grid, round(sparsity * math.prod(grid)))
     with torch.no_grad():
         mask = is_open.repeat_interleave(block, 0).repeat_interleave(block, 1)
         layer.weight.mul_(mask)

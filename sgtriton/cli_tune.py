@@ -27,6 +27,7 @@ from .options import (
     refuse,
     share,
 )
+from .patterns import random_pattern
 from .products import Product
 from .progress import Progress
 from .tables import print_text, terminal_width
@@ -179,12 +180,11 @@ def _random_matrix(
 ) -> BlockSparse:
     grid = -(-n // block[0]), -(-k // block[1])
     blocks = grid[0] * grid[1]
-    count = max(1, round((1 - sparsity) * blocks))
-    is_open = torch.zeros(blocks, dtype=torch.bool)
-    is_open[torch.randperm(blocks, generator=torch.Generator().manual_seed(_SEED))[:count]] = True
+    closed = blocks - max(1, round((1 - sparsity) * blocks))
+    is_open = random_pattern(grid, closed, torch.Generator().manual_seed(_SEED))
     random = torch.Generator(device).manual_seed(_SEED)
     weight = torch.randn(n, k, generator=random, device=device).to(dtype)
-    return BlockSparse.from_dense(weight, block, is_open.view(grid))
+    return BlockSparse.from_dense(weight, block, is_open)
 
 
 def _stored_products(
