@@ -32,7 +32,8 @@ from . import compile_rules
 from .compile_rows import Row, append_row, join, known_rows, write_rows
 from .compile_rules import sizes, violations
 from .options import check_count, check_file
-from .variants import Variant, variants
+from .variant import Variant
+from .variants import variants
 from .workers import Lost, in_processes
 
 _SECONDS = 300.0  # for one kernel

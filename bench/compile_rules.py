@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 
 from sgtriton.cross_compile import SHARED_LIMITS, Compiled, shallow_pipeline
 
-from .variants import Product, Variant
+from .variant import Product, Variant
 
 # the widest matrix instruction of 16-bit values, and the one for left operands under 64 rows
 INSTRUCTIONS = {

@@ -19,7 +19,7 @@ from sgtriton_kernels.kinds import LOG_ALPHA_LIMIT, OPEN_LOG_ALPHA, eval_gates, 
 from test_bsr import patterns
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench.variants import _bsr_convert
+from bench.variants_blocks import gated_to_bsr as gated_to_bsr_variants
 from sgtriton.cross_compile import CARDS, compile_for
 
 FIELDS = ("values", "crow", "col", "ccol", "row", "perm", "row_order")
@@ -342,7 +342,7 @@ def test_kernels_have_no_fp64(device, impl):
 @pytest.mark.compiles
 @pytest.mark.parametrize("card", CARDS, ids=lambda card: str(card[1]))
 def test_kernels_compile_for_every_card(card):
-    found = {repr(variant.launch): variant for variant in _bsr_convert()}
+    found = {repr(variant.launch): variant for variant in gated_to_bsr_variants()}
     assert {variant.op for variant in found.values()} == {"gated_to_bsr count", "gated_to_bsr copy"}
     for variant in found.values():
         launch = variant.launch

@@ -23,7 +23,7 @@ from sgtriton_kernels.bsr_product import (
 from sgtriton_kernels.tiles import BsrTile, tile_for_bsr_linear
 from test_bsr import patterns
 
-from bench import compile_report, variants
+from bench import compile_report, variants_blocks
 from sgtriton.cross_compile import CARDS
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -585,7 +585,7 @@ def test_fp32_precision_follows_the_switch_of_pytorch(device, monkeypatch):
 
 def shipped(which, dtype, block, m, **change):
     """The launches of a pass with the tile that ships."""
-    return list(variants._bsr_product(which, dtype, block, m, **change))
+    return list(variants_blocks._bsr_product(which, dtype, block, m, **change))
 
 
 def compiled(chosen, *targets):

@@ -8,7 +8,8 @@ from sgtriton_kernels._triton import triton
 
 from bench import compile_report, compile_rules
 from bench.compile_rows import Row, write_rows
-from bench.variants import SIZE, Product, Variant, variants
+from bench.variant import SIZE, Product, Variant
+from bench.variants import variants
 from sgtriton.cross_compile import Compiled
 from sgtriton.launches import Launch, bsr_linear_launches
 
