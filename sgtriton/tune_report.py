@@ -18,11 +18,11 @@ class Tuned:
     Attributes:
         name: of the layer; may be empty.
         cell: the product.
-        status: ``"cached"``: a record of before was read, nothing timed; ``"kept"``: what was taken
-            is the fastest; ``"changed"``; ``"not reached"``: the seconds did not suffice;
-            ``"no choice"``: there is one candidate; ``"none right"``: every candidate is wrong or
-            fails, what is taken now as well; ``"not compared"``: there was nothing to compare them
-            with, or to time them on, as a note says.
+        status: ``"cached"``: a record of before was read, or that of a product before it, nothing
+            timed; ``"kept"``: what was taken is the fastest; ``"changed"``; ``"not reached"``: the
+            seconds did not suffice; ``"no choice"``: there is one candidate; ``"none right"``:
+            every candidate is wrong or fails, what is taken now as well; ``"not compared"``: there
+            was nothing to compare them with, or to time them on, as a note says.
         choice: what is taken now, and by whose word.
         gain: how much faster than what was taken before; 1 where nothing changed, infinite where
             that was wrong.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from sgtriton_kernels._autocast import without_autocast
 from sgtriton_kernels.candidate import ANALYTIC
 from sgtriton_kernels.cell import Cell
 from sgtriton_kernels.lookup import Choice, analytic, choose, full_key, recordable, recorded, tell
-from sgtriton_kernels.records import cache_folder
+from sgtriton_kernels.records import cache_folder, key_text
 from torch import nn
 
 from .compilers import Compilers
@@ -173,8 +174,9 @@ def _search_all(
 ) -> None:
     """Fill ``rows``, by index into ``work``; what a stop leaves is what was found.
 
-    Each search may take an equal part of the time that is left. Those that it did not suffice for
-    get another chance with what others did not need.
+    Of products that share a record one is searched. Each search may take an equal part of the time
+    that is left. Those that it did not suffice for get another chance with what others did not
+    need.
     """
     folder = cache_folder()
     if folder is None:
@@ -184,31 +186,36 @@ def _search_all(
     generators: dict[torch.device, torch.Generator] = {}
     done: dict[tuple[Cell, torch.device], Tuned] = {}
     waiting = list(range(len(work)))
+    keys = [key_text(full_key(item.cell, item.device)) for item in work]
 
-    def unknown() -> set[tuple[Cell, torch.device]]:
-        items = [work[i] for i in waiting]
-        return {(x.cell, x.device) for x in items if again or not _is_recorded(x, folder)}
+    def unknown() -> set[str]:
+        return {keys[i] for i in waiting if again or not _is_recorded(work[i], folder)}
 
     new, left = unknown(), until - time.perf_counter()
+    to_search = {(work[i].cell, work[i].device) for i in waiting if keys[i] in new}
     given = contextlib.nullcontext(compilers)
-    with compilers_for(new, left) if compilers is None else given as compilers:
+    with compilers_for(to_search, left) if compilers is None else given as compilers:
         for _ in range(_TRIES):
+            to_come = Counter(keys[i] for i in waiting)
             for i in waiting:
                 item, cell, device = work[i], work[i].cell, work[i].device
                 if progress is not None:
                     decided = sum(row.status != "not reached" for row in rows.values())
                     progress(decided, len(work), item.label)
-                if (cell, device) not in done and (cell, device) not in new:
+                is_known = keys[i] not in new and _is_recorded(item, folder)
+                if (cell, device) not in done and is_known:
                     done[cell, device] = Tuned(item.name, cell, "cached", choose(cell, device))
                 elif (cell, device) not in done:
                     random = generators.setdefault(device, torch.Generator(device).manual_seed(0))
                     now = time.perf_counter()
-                    ends = now + (until - now) / len(new)
+                    ends = now + (until - now) / max(1, len(new))
                     done[cell, device] = _tune_one(
                         item, random, ends, folder, notes, say, compilers
                     )
-                new.discard((cell, device))
                 rows[i] = replace(done[cell, device], name=item.name)
+                to_come[keys[i]] -= 1
+                if rows[i].status in ("kept", "changed") or not to_come[keys[i]]:
+                    new.discard(keys[i])
             waiting = [i for i in waiting if rows[i].status == "not reached"]
             done = {key: row for key, row in done.items() if row.status != "not reached"}
             if not waiting or time.perf_counter() > until:

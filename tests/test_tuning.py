@@ -264,7 +264,15 @@ def test_faster_candidate_is_taken_by_the_next_call(model, cache, monkeypatch):
     assert calls
 
 
-def test_product_that_occurs_twice_is_tuned_once(cache, timings):
+@pytest.fixture
+def searched(monkeypatch):
+    """Collects the product of each search."""
+    cells, real = [], tuning.search
+    monkeypatch.setattr(tuning, "search", lambda p, *a: cells.append(p.cell) or real(p, *a))
+    return cells
+
+
+def test_product_that_occurs_twice_is_tuned_once(cache, searched):
     layer = nn.Linear(64, 64, bias=False)
     with torch.no_grad():
         layer.weight[:32] = 0
@@ -272,6 +280,49 @@ def test_product_that_occurs_twice_is_tuned_once(cache, timings):
     twice = products_of(model, torch.randn(3, 64)) * 2
     report = tune_products(twice, 10)
     assert [row.status for row in report.rows] == [report.rows[0].status] * 2
+    assert len(searched) == 1
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_of_products_that_share_a_record_one_is_searched(again, cache, searched):
+    """Layers with a block more or less were searched each, and the last one's record stayed."""
+    layers = [nn.Linear(64, 256, bias=False) for _ in range(4)]
+    with torch.no_grad():
+        for i, layer in enumerate(layers):
+            layer.weight[16 * (10 - i) :] = 0
+    products = []
+    for layer in layers:
+        made = sgtriton.sparsify(nn.Sequential(layer).eval(), block=(16, 16), form="sparse")
+        products += products_of(made, torch.randn(3, 64))
+    for _ in range(2):
+        report = tune_products(products, 30, again=again)
+        statuses = [row.status for row in report.rows]
+        assert statuses[1:] == ["cached"] * 3
+        assert {row.choice.candidate for row in report.rows} == {report.rows[0].choice.candidate}
+    assert len(searched) == (2 if again else 1)
+    assert len(list(cache.glob("*.json"))) == 1
+
+
+def test_of_products_that_share_a_record_another_is_searched_where_one_is_not_compared(
+    cache, monkeypatch, searched
+):
+    def short(found, *inputs):
+        if found.cell.nnz == 40:
+            raise torch.OutOfMemoryError("tried to allocate 32 GiB")
+
+    monkeypatch.setattr(BsrLinearProblem, "prepare", short)
+    products = []
+    for rows in (160, 144, 128):
+        layer = nn.Linear(64, 256, bias=False)
+        with torch.no_grad():
+            layer.weight[rows:] = 0
+        made = sgtriton.sparsify(nn.Sequential(layer).eval(), block=(16, 16), form="sparse")
+        products += products_of(made, torch.randn(3, 64))
+    statuses = [row.status for row in tune_products(products, 30).rows]
+    assert statuses[0] == "not compared"
+    assert statuses[1] in ("kept", "changed")
+    assert statuses[2] == "cached"
+    assert [cell.nnz for cell in searched] == [36]
 
 
 def test_cache_that_cannot_be_written_is_said_once(model, cache, monkeypatch):
