@@ -32,6 +32,8 @@ test-native: $(VENV_NATIVE)/.test
 	    tests/test_gate.py tests/test_gate_bits.py tests/test_gated_matmul.py \
 	    tests/test_gated_product.py tests/test_penalty.py tests/test_bsr_matmul.py \
 	    tests/test_bsr_product.py tests/test_bsr_conv.py tests/test_bsr_convert.py
+	$(PYTEST_NATIVE) -n 2 --dist worksteal -m native \
+	    tests/test_candidates.py tests/test_conv_candidates.py
 
 # what a gated training step costs beside the dense one; then the kernels in native code
 bench-train: $(VENV)/.test $(VENV_NATIVE)/.test
