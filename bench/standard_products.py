@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from sgtriton_kernels.conv_geometry import ConvGeometry
 
 from sgtriton.conv_products import ConvProduct, Images
 from sgtriton.gated_problem import GatedProduct
+from sgtriton.patterns import random_pattern
 from sgtriton.products import AnyProduct, Product
 
 # each with what tells most first
@@ -122,7 +124,6 @@ def _step(
 
 def _at_random(layout: GateLayout, density: float, device: torch.device) -> torch.Tensor:
     """``layout.gate_shape`` bool. That share of the gates open, one at the least."""
-    gates = torch.zeros(layout.gate_shape, dtype=torch.bool, device=device)
-    order = torch.randperm(gates.numel(), device=device)
-    gates.view(-1)[order[: max(1, round(density * gates.numel()))]] = True
-    return gates
+    gates = math.prod(layout.gate_shape)
+    closed = gates - max(1, round(density * gates))
+    return random_pattern(layout.gate_shape, closed).to(device)

@@ -31,6 +31,7 @@ from .patterns import random_pattern
 from .products import Product
 from .progress import Progress
 from .tables import print_text, terminal_width
+from .tune_cache import why_not
 from .tune_report import TuneInterrupted
 from .tuning import check_may_search, choices_of, tune_products
 
@@ -98,6 +99,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.explain:
         _explain(products)
         return _OK
+    if (reason := why_not(cache_folder())) is not None:
+        raise ValueError(
+            f"what is found could not be kept: {reason}; SGTRITON_CACHE_DIR names another folder"
+        )
     left = seconds - (time.perf_counter() - begin)
     return _search(products, max(left, 1e-3), arguments.again)
 
@@ -264,8 +269,7 @@ def _search(products: list[Product], seconds: float, again: bool) -> int:
     passes = {row.cell.op for row in report.rows}
     if any(product.trains for product in products) and passes == {"bsr_linear fwd"}:
         print_text("gradients are computed in one way on this device: nothing to choose")
-    if folder := cache_folder():
-        print(f"records: {folder}")
+    print(f"records: {cache_folder()}")
     if report.timed:
         print_text(
             "calls take these from now on; sgtriton.sparsify chooses layers' forms anew by them"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -43,6 +44,18 @@ def write_record(
         except OSError as error:
             reason = f"{folder}: cannot be written: {error.strerror or error}"
     return reason
+
+
+def why_not(folder: Path | None) -> str | None:
+    """Why no record can be kept, or ``None``; the folder is made where it is missing."""
+    if folder is None:
+        return "there is no home"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return None
+    except OSError as error:
+        return f"{folder}: cannot be written: {error.strerror or error}"
 
 
 def sweep(folder: Path) -> None:

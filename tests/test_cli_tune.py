@@ -399,10 +399,15 @@ def test_damaged_records_change_nothing_but_speed(kind, cache, quick, capsys):
     assert len(quick) == 3
 
 
-def test_folder_that_cannot_be_written_is_said_and_ends_well(cache, quick, capsys):
+def test_nothing_is_timed_that_could_not_be_kept(cache, timings, capsys):
+    """It was timed, and then a line said that calls take it from now on."""
     cache.write_text("a file where the folder should be")
-    assert main(["tune", *SHAPES]) == 0
-    assert capsys.readouterr().out.count("kept in this process only") == 1
+    assert main(["tune", *SHAPES]) == 2
+    told = capsys.readouterr()
+    assert f"could not be kept: {cache}: cannot be written: " in told.err
+    assert "SGTRITON_CACHE_DIR" in told.err
+    assert not told.out
+    assert not timings
 
 
 class _Terminal(io.StringIO):

@@ -72,7 +72,12 @@ def test_nearest_record_counts_within_a_factor_of_two(m, rows, is_asked, cache):
     cell = dataclasses.replace(CELL, M=m)
     other = next(c for c in candidates(cell) if c != analytic(cell).candidate)
     write(cell, other.name, rows)
-    assert (choose(cell, CPU).source == "cache") == is_asked
+    found = choose(cell, CPU)
+    assert (found.source == "cache") == is_asked
+    if is_asked:
+        bucket = {2: "M 2", 64: "M 33 to 64", 128: "M 65 to 128", 256: "M 129 to 256"}[rows]
+        nearest = ", the nearest" if rows != cell.rows else ""
+        assert found.reasons == f"this user's record of {bucket}{nearest}"
 
 
 @pytest.mark.parametrize("sparsity", [0.5, 0.7, 0.75, 0.8, 0.9, 0.95, 0.98])
@@ -144,13 +149,27 @@ def test_table_that_ships_comes_after_the_users_record(status, gain, source, cac
     first, second = [c for c in candidates(cell, True) if c != analytic(cell).candidate][:2]
     entry = {"candidate": first.name, "status": status, "gain": gain}
     monkeypatch.setattr(lookup, "is_native", lambda device: False)
-    monkeypatch.setattr(lookup, "table_entry", lambda device, keys: ("H200", entry))
+    monkeypatch.setattr(lookup, "table_entries", lambda device, keys: [("H200", entry)])
     found = choose(cell, CPU)
     assert found.source == source
     assert (found.candidate == first) == (source != "analytic")
     assert source == "analytic" or "H200" in found.reasons
     tell(full_key(cell, CPU), second.name)
     assert choose(cell, CPU).candidate == second
+
+
+def test_entry_that_cannot_serve_gives_way_to_the_next_tables(cache, monkeypatch):
+    cell = dataclasses.replace(CELL, impl="triton", block=(64, 64), dtype=torch.bfloat16)
+    first, second = [c for c in candidates(cell, True) if c != analytic(cell).candidate][:2]
+    entries = [
+        ("H200", {"candidate": "nothing", "status": "measured", "gain": 9.0}),
+        ("H100 SXM", {"candidate": first.name, "status": "predicted", "gain": 2.0}),
+        ("H100 PCIe", {"candidate": second.name, "status": "predicted", "gain": 3.0}),
+    ]
+    monkeypatch.setattr(lookup, "is_native", lambda device: False)
+    monkeypatch.setattr(lookup, "table_entries", lambda device, keys: iter(entries))
+    found = choose(cell, CPU)
+    assert (found.candidate, found.source) == (first, "predicted")
 
 
 class Properties:
@@ -194,13 +213,13 @@ def test_record_of_a_tile_that_does_not_fit_the_card_is_not_taken(
 ):
     """Its launch failed: out of resource, shared memory."""
     device = on_card(arch, shared and shared * 1024)
-    monkeypatch.setattr(lookup, "table_entry", lambda device, keys: None)
+    monkeypatch.setattr(lookup, "table_entries", lambda device, keys: [])
     if source == "cache":
         key = full_key(LARGE, device)
         assert write_record(records.cache_folder(), key, DEEP, {}) is None
     else:
         entry = {"candidate": DEEP, "status": "measured", "gain": 2.0}
-        monkeypatch.setattr(lookup, "table_entry", lambda device, keys: ("H200", entry))
+        monkeypatch.setattr(lookup, "table_entries", lambda device, keys: [("H200", entry)])
     lookup.forget()
     found = choose(LARGE, device)
     assert (found.source == source) == is_taken
@@ -278,8 +297,8 @@ def test_table_is_that_of_the_card_or_else_of_its_architecture(
     monkeypatch.setattr(records, "architecture", lambda _: arch)
     records.tables.cache_clear()
     try:
-        found = records.table_entry(torch.device("cuda"), keys)
-        assert records.table_entry(torch.device("cpu"), keys) is None
+        found = next(records.table_entries(torch.device("cuda"), keys), None)
+        assert not [*records.table_entries(torch.device("cpu"), keys)]
     finally:
         monkeypatch.undo()
         records.tables.cache_clear()

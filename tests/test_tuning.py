@@ -140,7 +140,7 @@ def plant_choice(by, name, monkeypatch):
     else:
         entry = {"candidate": name, "status": by, "gain": 1.5}
         monkeypatch.setattr(lookup, "is_native", lambda device: False)
-        monkeypatch.setattr(lookup, "table_entry", lambda device, keys: ("H200", entry))
+        monkeypatch.setattr(lookup, "table_entries", lambda device, keys: [("H200", entry)])
         lookup.forget()
 
 

@@ -198,9 +198,9 @@ def choose_way(
     if m > 1:
         rows, columns = grid
         if rows <= _FEW and i <= _NARROW and m > _FEW:
-            return "rows", f"up to {_FEW} rows of narrow blocks: one product for each"
+            return "rows", f"up to {_FEW} block rows, of narrow blocks: one product for each"
         if columns <= _FEW and o <= _NARROW and m > _FEW:
-            return "columns", f"up to {_FEW} columns of flat blocks: one product for each"
+            return "columns", f"up to {_FEW} block columns, of flat blocks: one product for each"
         if m >= 16 and i * o < _REUSE * (i + o):
             return "dense", "blocks too small to be worth gathering"
     if min(i, o) >= 64 and m * i * o >= _LOOP:

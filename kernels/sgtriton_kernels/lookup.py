@@ -19,7 +19,7 @@ from .candidate import ANALYTIC, Candidate
 from .candidates import candidates, named, reasoned
 from .cell import Cell
 from .choices import Choices, keep
-from .records import cache_folder, file_name, place, read_record, table_entry
+from .records import cache_folder, file_name, place, read_record, table_entries
 from .shared_memory import fits
 
 _MOST = 4096  # choices that are remembered
@@ -131,16 +131,22 @@ def _look_up(cell: Cell, device: torch.device) -> Choice:
     for rows in cell.near_rows():
         name = recorded(folder, full_key(cell, device, rows))
         if name in known:
-            return Choice(known[name], "cache", f"this user's record, for up to {rows} rows")
+            return Choice(known[name], "cache", _record_of(cell, rows))
         if name == ANALYTIC:
             found = analytic(cell)
-            why = f"this user's record, for up to {rows} rows: {found.reasons}"
+            why = f"{_record_of(cell, rows)}: nothing else was faster; {found.reasons}"
             return Choice(found.candidate, "cache", why)
     if cell.impl == "triton" and not is_native(device):
-        entry = table_entry(device, [cell.key(rows) for rows in cell.near_rows()])
-        if entry is not None and (found := _from_table(*entry, cell, known)) is not None:
-            return found
+        for entry in table_entries(device, [cell.key(rows) for rows in cell.near_rows()]):
+            if (found := _from_table(*entry, cell, known)) is not None:
+                return found
     return analytic(cell)
+
+
+def _record_of(cell: Cell, rows: int) -> str:
+    """A record of so many rows in words."""
+    bucket = f"M {rows // 2 + 1} to {rows}" if rows > 2 else f"M {rows}"
+    return f"this user's record of {bucket}" + ", the nearest" * (rows != cell.rows)
 
 
 def _from_table(card: str, entry: dict, cell: Cell, known: dict[str, Candidate]) -> Choice | None:

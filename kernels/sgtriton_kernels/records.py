@@ -12,7 +12,7 @@ import json
 import os
 import platform
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,24 +113,23 @@ def key_text(key: Mapping[str, object]) -> str:
     return json.dumps(key, sort_keys=True)
 
 
-def table_entry(
+def table_entries(
     device: torch.device, keys: list[dict[str, object]]
-) -> tuple[str, dict[str, Any]] | None:
-    """The first entry under one of ``keys``: of this card's table, else of one of its architecture.
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The entries under one of ``keys``: of this card's table, then of those of its architecture.
 
-    Returns:
-        The card whose table it is, and the entry.
+    Yields:
+        The card whose table it is, and the first of its entries.
     """
     if device.type != "cuda" or not tables():
-        return None
+        return
     arch = architecture(device)
     own = card_of(device_name(device), arch)
     fitting = [table for table in tables() if table.card == own or table.architecture == arch]
     for table in sorted(fitting, key=lambda table: table.card != own):
-        for key in keys:
-            if (entry := table.entries.get(key_text(key))) is not None:
-                return table.card, entry
-    return None
+        found = (table.entries.get(key_text(key)) for key in keys)
+        if (entry := next(filter(None, found), None)) is not None:
+            yield table.card, entry
 
 
 @functools.cache
