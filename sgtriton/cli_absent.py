@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -25,8 +26,11 @@ from .options import (
     share,
 )
 from .predicted import (
+    Predicted,
     PredictInterrupted,
     open_at_random,
+    pass_of,
+    passes,
     predict_cells,
     shown,
     table_of,
@@ -64,8 +68,9 @@ def run(arguments: argparse.Namespace, seconds: float) -> int:
     """Run what the options ask for."""
     asked = "blocks" if arguments.blocks else "card"
     refuse(arguments, asked, dict.fromkeys(("checkpoint", "rows", "device"), "give --shapes"))
-    refuse(arguments, asked, dict.fromkeys(("explain", "again", "train"), "nothing is timed"))
+    refuse(arguments, asked, dict.fromkeys(("explain", "again"), "nothing is timed"))
     if arguments.blocks:
+        refuse(arguments, asked, {"train": "it is asked of forward"})
         return _blocks(arguments, where_of(arguments.card, torch.device("cpu")))
     refuse(arguments, "card", {"target": ALONE["target"]})
     return _table(arguments, named_card(arguments.card), seconds)
@@ -98,8 +103,7 @@ def _table(arguments: argparse.Namespace, where: str, seconds: float) -> int:
         print(f"{where}: predicted, not measured\n")
         headers, rows = shown(found)
         print(format_table(headers, rows, width=terminal_width()))
-    dropped = {name: why for product in found for name, why in product.dropped.items()}
-    for text in (*left_out, *(f"{name} is skipped: {why}" for name, why in dropped.items())):
+    for text in (*left_out, *_skipped(found)):
         print_text(text)
     if not found:
         if code == _INTERRUPTED:
@@ -123,6 +127,14 @@ def _table(arguments: argparse.Namespace, where: str, seconds: float) -> int:
     return code
 
 
+def _skipped(found: Sequence[Predicted]) -> Iterator[str]:
+    """What the card's compiler refuses, each candidate of a pass once."""
+    dropped = {(p.cell.op, name): why for p in found for name, why in p.dropped.items()}
+    for (op, name), why in dropped.items():
+        of_pass = "" if pass_of(op) == "fwd" else f" for {pass_of(op)}"
+        yield f"{name} is skipped{of_pass}: {why}"
+
+
 def _check_holds_no_more(out: Path, held: int, ranked: int) -> None:
     """Raise ``ValueError`` where a table would be replaced by one of fewer products."""
     if held > ranked:
@@ -137,7 +149,7 @@ def _cells(arguments: argparse.Namespace) -> list[Cell]:
     dtype = _dtype(arguments, _DTYPE)
     if arguments.shapes is None:
         refuse(arguments, "card", dict.fromkeys(("block", "sparsity"), "give --shapes"))
-        return list(usual_cells(dtype))
+        return list(usual_cells(dtype, arguments.train))
     block = given(arguments.block, BLOCK)
     bn, bk = parse_block(block)
     sparsity = share("sparsity", given(arguments.sparsity, SPARSITY))
@@ -148,7 +160,7 @@ def _cells(arguments: argparse.Namespace) -> list[Cell]:
         if bn > n or bk > k:
             raise ValueError(f"block must fit into the weight {n}x{k}, got {bn}x{bk}")
         empty = Cell("bsr_linear fwd", "triton", m, n, k, (bn, bk), 0, dtype)
-        cells.append(open_at_random(empty, sparsity))
+        cells += passes(open_at_random(empty, sparsity), arguments.train)
     return cells
 
 

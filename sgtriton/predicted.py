@@ -15,7 +15,7 @@ import torch
 from sgtriton_kernels.candidate import ANALYTIC
 from sgtriton_kernels.candidates import candidates
 from sgtriton_kernels.cards import card
-from sgtriton_kernels.cell import Cell
+from sgtriton_kernels.cell import OPS, Cell
 from sgtriton_kernels.lookup import BELIEVED, analytic
 
 from .choice_table import make_table, with_stops
@@ -80,11 +80,27 @@ def open_at_random(cell: Cell, sparsity: float) -> Cell:
     return replace(cell, longest=lengths[0])
 
 
-def usual_cells(dtype: torch.dtype = torch.bfloat16) -> Iterator[Cell]:
-    """The products of tables that ship, of forward."""
+def passes(cell: Cell, trains: bool) -> Iterator[Cell]:
+    """Forward of a product, and the gradients of ``x`` and of the values if it trains.
+
+    Rows are taken to lie one behind the other, so that they are read in wide pieces where their
+    length allows it.
+    """
+    for op in OPS if trains else OPS[:1]:
+        read = {"fwd": (cell.K,), "dx": (cell.N,), "dvalues": (cell.N, cell.K)}[pass_of(op)]
+        yield replace(cell, op=op, aligned=all(length % 16 == 0 for length in read))
+
+
+def pass_of(op: str) -> str:
+    """``"fwd"`` | ``"dx"`` | ``"dvalues"``."""
+    return op.split()[-1]
+
+
+def usual_cells(dtype: torch.dtype = torch.bfloat16, trains: bool = False) -> Iterator[Cell]:
+    """The products of usual layers; those of tables that ship are of forward alone."""
     for (n, k), block, sparsity, rows in itertools.product(SHAPES, BLOCKS, SPARSITIES, ROWS):
-        empty = Cell("bsr_linear fwd", "triton", rows, n, k, (block, block), 0, dtype)
-        yield open_at_random(empty, sparsity)
+        empty = Cell(OPS[0], "triton", rows, n, k, (block, block), 0, dtype)
+        yield from passes(open_at_random(empty, sparsity), trains)
 
 
 def predict_cells(
@@ -114,6 +130,8 @@ def predict_cells(
         with Compilers() as compilers:
             for done, cell in enumerate(work):
                 label = f"M {cell.M}, weight {cell.N}x{cell.K}"
+                if (which := pass_of(cell.op)) != "fwd":
+                    label += f", {which}"
                 if progress is not None:
                     progress(done, len(work), label)
                 if time.monotonic() > end:
@@ -166,7 +184,9 @@ def table_of(card_name: str, found: Sequence[Predicted]) -> dict[str, Any]:
 
 def shown(found: Sequence[Predicted]) -> tuple[list[str], list[list[str]]]:
     """Headers and rows of a table for a reader."""
-    headers = ["M", "N, K", "block", "density", "takes", "us", "bound", "by reasoning, us", "gain"]
+    headers = [
+        "pass", "M", "N, K", "block", "density", "takes", "us", "bound", "by reasoning, us", "gain",
+    ]  # fmt: skip
     rows = []
     for p in found:
         assert p.best.seconds is not None
@@ -175,9 +195,10 @@ def shown(found: Sequence[Predicted]) -> tuple[list[str], list[list[str]]]:
             takes = f"{takes} ({ANALYTIC})"
         rows.append(
             [
-                str(p.cell.M), f"{p.cell.N}, {p.cell.K}", f"{p.cell.block[0]}x{p.cell.block[1]}",
-                f"{p.cell.density:.2f}", takes, f"{1e6 * p.best.seconds:.1f}", str(p.best.bound),
-                f"{1e6 * p.reasoned:.1f}", f"{p.gain:.2f}x",
+                pass_of(p.cell.op), str(p.cell.M), f"{p.cell.N}, {p.cell.K}",
+                f"{p.cell.block[0]}x{p.cell.block[1]}", f"{p.cell.density:.2f}", takes,
+                f"{1e6 * p.best.seconds:.1f}", str(p.best.bound), f"{1e6 * p.reasoned:.1f}",
+                f"{p.gain:.2f}x",
             ]
         )  # fmt: skip
     return headers, rows

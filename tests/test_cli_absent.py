@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 from sgtriton_kernels.candidate import UNPACK, Candidate
-from sgtriton_kernels.cell import Cell
+from sgtriton_kernels.cell import OPS, Cell
 from sgtriton_kernels.lookup import analytic
 
 from sgtriton import cli_absent, predicted
@@ -43,6 +43,24 @@ def test_table_of_a_card_that_is_absent(ranked, tmp_path, capsys):
     assert (table["card"], table["status"], table["ranked"]) == ("H100 SXM", "predicted", 2)
     assert [entry["key"]["rows"] for entry in table["entries"]] == [16, 16, 128, 128]
     assert table["entries"][0]["key"]["dtype"] == "bfloat16"
+
+
+def test_gradients_are_ranked_where_the_model_trains(ranked, tmp_path, capsys):
+    out = tmp_path / "t.json"
+    arguments = ["--card", "h100", "--shapes", "16x256x128,128x64x64", "--out", str(out)]
+    assert main(["tune", *arguments, "--train"]) == 0
+    text = capsys.readouterr().out
+    table = json.loads(out.read_text())
+    assert table["ranked"] == 6
+    ops = [entry["key"]["op"] for entry in table["entries"]]
+    assert {*ops} == {*OPS}
+    assert all(ops.count(op) == 4 for op in OPS)
+    lines = [line.split() for line in text.splitlines()]
+    assert [line[:2] for line in lines if line[:1] in (["fwd"], ["dx"], ["dvalues"])] == [
+        [which, m] for m in ("16", "128") for which in ("fwd", "dx", "dvalues")
+    ]
+    assert "unpack is skipped: ptxas: too much" in text
+    assert "unpack is skipped for dx: ptxas: too much" in text
 
 
 def test_nearly_nothing_open_leaves_a_block(ranked, tmp_path):
@@ -108,7 +126,7 @@ def test_blocks_that_pay(capsys):
         ("--card A10 --shapes 1x64x64 --out /nowhere/f", "out must be a file in a folder"),
         ("--card A10 --shapes 1x64x64 --dtype fp8", "dtype must be one of .*, got 'fp8'"),
         ("--card A10 --explain", "explain does not go with --card: nothing is timed"),
-        ("--card A10 --train", "train does not go with --card: nothing is timed"),
+        ("--blocks --train", "train does not go with --blocks: it is asked of forward"),
         ("--blocks --again", "again does not go with --blocks: nothing is timed"),
         ("--card A10 --checkpoint f", "checkpoint does not go with --card"),
         ("--shapes 1x64x64 --target .5", "target does not go with --shapes or --checkpoint"),

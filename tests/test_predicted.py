@@ -8,12 +8,13 @@ import time
 
 import pytest
 import torch
-from sgtriton_kernels import lookup, records
+from sgtriton_kernels import BlockSparse, lookup, records
 from sgtriton_kernels._triton import version
+from sgtriton_kernels.bsr_choice import cell_of
 from sgtriton_kernels.candidate import ANALYTIC, UNPACK
 from sgtriton_kernels.candidates import candidates
 from sgtriton_kernels.cards import CARD_NAMES, card
-from sgtriton_kernels.cell import Cell
+from sgtriton_kernels.cell import OPS, Cell
 from sgtriton_kernels.lookup import analytic, choose
 
 from sgtriton import predicted
@@ -29,6 +30,7 @@ from sgtriton.offline import Ranked
 from sgtriton.predicted import (
     Predicted,
     PredictInterrupted,
+    passes,
     predict_cells,
     table_of,
     usual_cells,
@@ -120,6 +122,23 @@ def test_usual_products_are_of_each_shape_block_and_density(dtype):
     assert {key["density"] for key in keys} == {">=0.35", "0.07-0.35", "<0.07"}
     assert {c.dtype for c in found} == {dtype}
     assert all(cell.impl == "triton" and cell.nnz for cell in found)
+
+
+def test_a_product_that_trains_has_three_passes():
+    """Each is read in wide pieces if the rows that it reads can be, which lookups ask for."""
+    w = BlockSparse.from_dense(torch.ones(1024, 1000), (16, 16))
+    cell = Cell(OPS[0], "triton", 64, 1024, 1000, w.block, w.nnz, torch.float32, longest=63)
+    assert [*passes(cell, False)] == [dataclasses.replace(cell, aligned=False)]
+    found = [*passes(cell, True)]
+    assert [(c.op, c.aligned) for c in found] == [
+        ("bsr_linear fwd", False), ("bsr_linear dx", True), ("bsr_linear dvalues", False),
+    ]  # fmt: skip
+    x, dy = torch.empty(64, 1000), torch.empty(64, 1024)
+    for c, operands in zip(found, [(x,), (dy,), (dy, x)], strict=True):
+        assert c.key() == cell_of(c.op.split()[1], w, "triton", *operands).key()
+    usual = [*usual_cells(trains=True)]
+    assert {c.op for c in usual} == {*OPS}
+    assert [c for c in usual if c.op == OPS[0]] == [*usual_cells()]
 
 
 def test_usual_products_are_as_uneven_as_random_patterns():
@@ -220,6 +239,10 @@ def test_products_that_there_is_no_time_for_are_left_out(ranking, monkeypatch):
     assert {a[3] for a in asked} == {102.5}
     assert [s[:2] for s in seen] == [(0, 4), (1, 4), (2, 4), (4, 4)]
     assert seen[0][2] == "M 64, weight 1024x2048"
+    predict_cells(
+        "H200", [dataclasses.replace(CELL, op="bsr_linear dx")], 0, lambda *a: seen.append(a)
+    )
+    assert seen[-2][2] == "M 64, weight 1024x2048, dx"
     now[0] = 103.0
     assert predict_cells("H200", cells, -1) == []
 
@@ -406,15 +429,17 @@ def test_a_record_of_the_user_comes_before_what_is_predicted(folder, on_card):
 
 
 def test_a_reader_sees_each_product_and_whether_reasoning_is_followed():
+    dx = dataclasses.replace(CELL, op="bsr_linear dx")
     headers, rows = predicted.shown([of(1.5), of(1.0, best=REASONED)])
+    assert predicted.shown([of(1.5, dx)])[1] == [["dx", *rows[0][1:]]]
     assert [dict(zip(headers, row, strict=True)) for row in rows] == [
         {
-            "M": "64", "N, K": "1024, 2048", "block": "64x64", "density": "0.20",
+            "pass": "fwd", "M": "64", "N, K": "1024, 2048", "block": "64x64", "density": "0.20",
             "takes": OTHER.name, "us": "10.0", "bound": "memory", "by reasoning, us": "15.0",
             "gain": "1.50x",
         },
         {
-            "M": "64", "N, K": "1024, 2048", "block": "64x64", "density": "0.20",
+            "pass": "fwd", "M": "64", "N, K": "1024, 2048", "block": "64x64", "density": "0.20",
             "takes": f"{REASONED.name} (analytic)", "us": "10.0", "bound": "memory",
             "by reasoning, us": "10.0", "gain": "1.00x",
         },
@@ -422,9 +447,10 @@ def test_a_reader_sees_each_product_and_whether_reasoning_is_followed():
 
 
 @pytest.mark.compiles
+@pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("name", ["H100 SXM", "MI300X"])
-def test_a_product_is_compiled_and_ranked_for_a_card_that_is_absent(name, folder):
-    cell = Cell("bsr_linear fwd", "triton", 16, 128, 128, (32, 32), 4, torch.bfloat16)
+def test_a_product_is_compiled_and_ranked_for_a_card_that_is_absent(name, op, folder):
+    cell = Cell(op, "triton", 16, 128, 128, (32, 32), 4, torch.bfloat16)
     (found,) = predict_cells(name, [cell])
     assert found.cell == cell
     assert found.best.candidate in (analytic(cell).candidate, *candidates(cell, True))
