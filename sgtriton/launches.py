@@ -144,8 +144,9 @@ def bsr_conv_launches(
     size: tuple[int, int],
     nnz: int,
     tile: BsrTile,
+    channels_last: bool = True,
 ) -> list[Launch]:
-    """The launches of a pass of ``bsr_conv2d``, channels-last.
+    """The launches of a pass of ``bsr_conv2d``; of forward with all that it can add.
 
     Args:
         which: ``"fwd"`` | ``"dx"`` | ``"dvalues"``.
@@ -157,17 +158,19 @@ def bsr_conv_launches(
         size: height and width of each.
         nnz: number of stored blocks.
         tile: what one program computes.
+        channels_last: whether the channels of the result lie side by side; those of what is read
+            always do, if need be of a copy.
     """
 
-    def batch(channels: int, size: tuple[int, int]) -> torch.Tensor:
+    def batch(channels: int, size: tuple[int, int], last: bool = True) -> torch.Tensor:
         found = empty(images, channels, *size, dtype=dtype)
-        return found.contiguous(memory_format=torch.channels_last)
+        return found.contiguous(memory_format=torch.channels_last) if last else found
 
     rows, _ = geometry.blocks(block)
-    x, out = (
-        batch(geometry.in_channels, size),
-        batch(geometry.out_channels, geometry.out_size(size)),
-    )
+    of_x = geometry.in_channels, size
+    of_out = geometry.out_channels, geometry.out_size(size)
+    x, dx = batch(*of_x), batch(*of_x, channels_last)
+    dout, out = batch(*of_out), batch(*of_out, channels_last)
     values, bias = empty(nnz, *block, dtype=dtype), empty(geometry.out_channels, dtype=dtype)
     index = functools.partial(empty, dtype=torch.int32)
     crow, order = index(geometry.groups * rows + 1), index(geometry.groups * rows)
@@ -176,9 +179,11 @@ def bsr_conv_launches(
         "fwd": lambda: bsr_conv_product.bsr_conv_fwd(
             x, values, crow, col, order, bias, geometry, "gelu", out, tile
         ),
-        "dx": lambda: bsr_conv_product.bsr_conv_dx(out, values, col, row, perm, geometry, x, tile),
+        "dx": lambda: bsr_conv_product.bsr_conv_dx(
+            dout, values, col, row, perm, geometry, dx, tile
+        ),
         "dvalues": lambda: bsr_conv_product.bsr_conv_dvalues(
-            out, x, row, col, perm, geometry, values, tile
+            dout, x, row, col, perm, geometry, values, tile
         ),
     }[which]
     return launches_of(run)

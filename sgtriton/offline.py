@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 
 from sgtriton_kernels.candidate import Candidate
 from sgtriton_kernels.cards import Card, card
-from sgtriton_kernels.cell import Cell
+from sgtriton_kernels.cell import OPS, Cell
+from sgtriton_kernels.conv_cell import CONV_OPS, ConvCell
 from sgtriton_kernels.tiles import BsrTile
 
 from .compilers import Built, Compilers
 from .cross_compile import COPY_ENGINES, SHARED_LIMITS, shallow_pipeline, why_not
-from .launches import Launch, bsr_linear_launches
+from .launches import Launch, bsr_conv_launches, bsr_linear_launches
 from .roofline import predict, unpack_seconds
 
 
@@ -63,7 +64,11 @@ def rank(
     on = card(card_name)
     if cell.impl != "triton" or cell.native:
         raise ValueError(f"cell must be a product by Triton's kernels on a card, got {cell}")
-    _check_op(cell)
+    if cell.op not in OPS:
+        raise ValueError(
+            "cell must be a pass of bsr_linear, the model of a card describes no other; got "
+            f"{cell.op}"
+        )
     if unknown := [c.name for c in candidates if c.tile is None and c.way != "unpack"]:
         raise ValueError(f"candidates must have a tile or be 'unpack', got {', '.join(unknown)}")
     limit = on.shared_program_kib * 1024
@@ -115,14 +120,16 @@ def faults(
 
     Args:
         arch: one of ``TARGETS``.
+        cell: a pass of ``bsr_linear`` or of a convolution by Triton's kernels.
         shared_limit: bytes of shared memory that a program can have; the architecture's if
             ``None``.
-        cell, candidates, compilers, deadline, on_built: as for :func:`rank`.
+        candidates, compilers, deadline, on_built: as for :func:`rank`.
 
     Returns:
         Of each the reason in words; ``None`` where there is none, or no kernel.
     """
-    _check_op(cell)
+    if cell.op not in (*OPS, *CONV_OPS):
+        raise ValueError(f"cell must be a pass of bsr_linear or bsr_conv, got {cell.op}")
     if reason := why_not():
         raise ValueError(f"candidates cannot be compiled: {reason}")
     if arch not in SHARED_LIMITS:
@@ -140,22 +147,20 @@ def faults(
     return [_fault(arch, cell, some, [next(built) for _ in some], limit) for some in launches]
 
 
-def _check_op(cell: Cell) -> None:
-    if not cell.op.startswith("bsr_linear "):
-        raise ValueError(
-            "cell must be a pass of bsr_linear, the model of a card describes no other; got "
-            f"{cell.op}"
-        )
-
-
 def _launches(arch: str, cell: Cell, tile: BsrTile) -> list[Launch]:
     """What a candidate launches on a card of that architecture."""
     if arch not in COPY_ENGINES:
         tile = replace(tile, bulk=False)
-    launches = bsr_linear_launches(
-        cell.op.removeprefix("bsr_linear "), cell.dtype, cell.block, cell.M, cell.N, cell.K,
-        cell.nnz, tile, cell.aligned,
-    )  # fmt: skip
+    which = cell.op.split()[1]
+    if isinstance(cell, ConvCell):
+        launches = bsr_conv_launches(
+            which, cell.dtype, cell.block, cell.geometry, cell.images, cell.size, cell.nnz, tile,
+            cell.channels_last,
+        )  # fmt: skip
+    else:
+        launches = bsr_linear_launches(
+            which, cell.dtype, cell.block, cell.M, cell.N, cell.K, cell.nnz, tile, cell.aligned
+        )
     return [
         replace(launch, constexprs=launch.constexprs | {"PRECISION": cell.precision})
         if "PRECISION" in launch.constexprs
@@ -182,7 +187,8 @@ def _fault(
 def _pipeline_fault(arch: str, cell: Cell, launch: Launch, found: Built) -> str | None:
     """Whether tiles get fewer buffers than stages; AMD's compiler may keep some in registers.
 
-    Rows that are not aligned are read by the element, which no copy does in the background.
+    Rows that are not aligned are read by the element, which no copy does in the background; so are
+    pixels whose channels are not.
     """
     wide = cell.aligned and cell.N % 16 == 0 and cell.K % 16 == 0
     if not wide or not arch.startswith("sm_") or launch.num_stages in (None, 1):

@@ -2,8 +2,8 @@
 
 On a card there are dozens of candidates for a product of ``bsr_linear``, and a launch of each is
 compiled before it can be timed. So they are ordered by the model of the card, compiled in this
-order, several at a time, and those that the compiler takes are kept until there are enough.
-Elsewhere, and of other ops, all of them are compared.
+order, several at a time, and those that the compiler takes are kept until there are enough. Those
+of a convolution are compiled as well. Elsewhere, and of other ops, all of them are compared.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import torch
 from sgtriton_kernels.candidate import Candidate, cut
 from sgtriton_kernels.cards import Card, card, card_of
-from sgtriton_kernels.cell import Cell
+from sgtriton_kernels.cell import OPS, Cell
+from sgtriton_kernels.conv_cell import CONV_OPS
 from sgtriton_kernels.lookup import analytic, recordable
 from sgtriton_kernels.records import architecture, device_name
 
@@ -89,7 +90,7 @@ def promising(
     """What to compare: what is taken now, what reasoning gives, and others that promise something.
 
     On a card that the compiler knows, what it refuses is left out; on one whose figures are known,
-    all but :data:`MOST` tiles. What the library computes stays in.
+    of a linear product all but :data:`MOST` tiles. What the library computes stays in.
 
     Args:
         cell: the product.
@@ -109,8 +110,10 @@ def promising(
     most, limit = len(given), SHARED_LIMITS[arch]
     if name is not None:
         on = card(name)
-        most, limit = MOST, on.shared_program_kib * 1024
-        given.sort(key=lambda candidate: _seconds(on, cell, candidate))
+        limit = on.shared_program_kib * 1024
+        if cell.op in OPS:
+            most = MOST
+            given.sort(key=lambda candidate: _seconds(on, cell, candidate))
     begin = time.monotonic()
     kept, late, refused = [], [], {}
     while given and len(kept) < most and time.monotonic() < begin + _SOFT * seconds:
@@ -134,8 +137,8 @@ def promising(
 
 
 def _target(cell: Cell, device: torch.device) -> str | None:
-    """What a product's kernels are compiled for; ``None`` if not for a card that is modelled."""
-    if cell.impl != "triton" or cell.native or not cell.op.startswith("bsr_linear "):
+    """What a product's kernels are compiled for; ``None`` where nothing is compiled ahead."""
+    if cell.impl != "triton" or cell.native or cell.op not in (*OPS, *CONV_OPS):
         return None
     arch = architecture(device) if device.type == "cuda" else ""
     return arch if arch in SHARED_LIMITS else None

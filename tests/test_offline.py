@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from conv_layers import conv_cell
 from sgtriton_kernels.candidate import UNPACK, Candidate
 from sgtriton_kernels.candidates import candidates
 from sgtriton_kernels.cards import card
@@ -131,6 +132,67 @@ def test_a_kernel_is_compiled_as_the_product_asks(monkeypatch):
     assert len(launched("L40S", CELL, dataclasses.replace(GOOD, split=2))) == 2
 
 
+@pytest.mark.compiles
+def test_planted_candidates_of_a_convolution_are_dropped_with_their_reasons(compilers):
+    good = BsrTile(64, 64, 32, 3, 4)
+    planted = {
+        "good": good,
+        "not_a_power_of_two": dataclasses.replace(good, BLOCK_M=24),
+        "one_warp": BsrTile(64, 64, 32, 3, 1),
+        "deep": BsrTile(64, 64, 64, 8, 4),
+        "thin": BsrTile(16, 16, 16, 3, 8),
+    }
+    given = [Candidate(name, tile) for name, tile in planted.items()]
+    cell = conv_cell(channels=(256, 256), block=(128, 128))
+    found = dict(
+        zip(planted, faults("sm_86", cell, [*given, UNPACK], None, compilers), strict=False)
+    )
+    assert found["good"] is None
+    assert found["not_a_power_of_two"].startswith("it does not compile: ")
+    assert found["one_warp"].endswith(" bytes spilled")
+    assert found["deep"].endswith(f"a program can have {99 * 1024}")
+    assert found["thin"] == "tiles get 0 buffers, 3 stages take 2"
+
+
+@pytest.mark.compiles
+@pytest.mark.parametrize("op", ["fwd", "dx", "dvalues"])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])
+def test_what_ships_for_convolutions_is_taken_by_compilers(op, arch, compilers):
+    cell = conv_cell(op, channels=(128, 128), block=(64, 64))
+    given = candidates(cell)[::4]
+    assert faults(arch, cell, given, None, compilers) == [None] * len(given)
+
+
+@pytest.mark.compiles
+def test_a_convolution_is_compiled_as_the_layer_asks(monkeypatch):
+    seen, small = [], BsrTile(32, 32, 16, 2, 4)
+
+    class Recorder:
+        def build(self, work, deadline, on_built):
+            seen.extend(work)
+            return [Built(64, 1024, 0, "mma.sync", (8, 8))] * len(work)
+
+    def launched(cell, tile=small):
+        seen.clear()
+        assert faults("sm_90", cell, tiles(tile), None, Recorder()) == [None]
+        ((target, launch),) = seen
+        assert target == "sm_90"
+        assert launch.kernel == f"_bsr_conv_{cell.op.split()[1]}_kernel"
+        return launch.constexprs
+
+    for precision in ("ieee", "tf32"):
+        cell = conv_cell(dtype=torch.float32, precision=precision)
+        assert launched(cell)["PRECISION"] == precision
+    for which in ("fwd", "dx"):
+        for last in (True, False):
+            flags = launched(conv_cell(which, channels_last=last))
+            assert (flags["CHANNELS_LAST"], flags["ALIGNED"]) == (last, True)
+    assert not launched(conv_cell(channels=(60, 64)))["ALIGNED"]
+    assert launched(conv_cell("dvalues"), BsrTile(64, 32, 64, 3, 4, split=4))["SPLIT"] == 4
+    cut = launched(conv_cell(block=(64, 16)), BsrTile(128, 64, 64, 3, 4))
+    assert (cut["BLOCK_N"], cut["BLOCK_K"]) == (64, 16)
+
+
 LAUNCH = Launch("module", "kernel", {}, {}, num_warps=4, num_stages=4)
 
 
@@ -162,6 +224,18 @@ def test_rows_that_are_not_aligned_need_no_pipeline():
         assert offline._fault("sm_80", cell, [LAUNCH], [built], 4096) is None
     one_stage = dataclasses.replace(LAUNCH, num_stages=1)
     assert offline._fault("sm_80", CELL, [one_stage], [built], 4096) is None
+
+
+def test_channels_that_are_not_aligned_need_no_pipeline():
+    built, launch = (
+        Built(64, 1024, 0, "mma.sync", (1, 1)),
+        dataclasses.replace(LAUNCH, num_stages=3),
+    )
+    why = "tiles get 1 buffers, 3 stages take 2"
+    for channels, expected in (((64, 64), why), ((60, 64), None), ((64, 60), None)):
+        cell = conv_cell(channels=channels)
+        assert offline._fault("sm_80", cell, [launch], [built], 4096) == expected
+    assert offline._fault("gfx942", conv_cell(), [launch], [built], 4096) is None
 
 
 def test_the_second_kernel_of_a_candidate_counts_but_has_no_pipeline():
@@ -196,3 +270,6 @@ def test_what_cannot_be_ranked_is_refused(monkeypatch):
     monkeypatch.setattr(offline, "why_not", lambda: None)
     with pytest.raises(ValueError, match="arch must be one of sm_80, sm_86"):
         faults("sm_70", CELL, tiles(GOOD))
+    gated = dataclasses.replace(CELL, op="gated_linear step")
+    with pytest.raises(ValueError, match="bsr_linear or bsr_conv, got gated_linear step"):
+        faults("sm_80", gated, tiles(GOOD))

@@ -6,16 +6,15 @@ import random
 
 import pytest
 import torch
+from conv_layers import conv_cell
 from sgtriton_kernels import gate_layout, lookup, records, shared_memory
 from sgtriton_kernels.candidate import UNPACK, cut
 from sgtriton_kernels.candidates import candidates
 from sgtriton_kernels.cards import card
 from sgtriton_kernels.cell import OPS, Cell
-from sgtriton_kernels.conv_choice import conv_cell_of
+from sgtriton_kernels.conv_cell import CONV_OPS
 from sgtriton_kernels.gated_choice import cell_of
 from sgtriton_kernels.lookup import analytic
-from test_bsr_conv import Case
-from test_conv_candidates import geometry_of_case
 
 from sgtriton import promising as module
 from sgtriton.compilers import NO_TIME
@@ -194,16 +193,23 @@ def test_of_a_card_without_figures_only_what_is_refused_is_left_out(on_card, mon
     assert {*found.refused} == bad
 
 
+@pytest.mark.parametrize("op", CONV_OPS)
+def test_tiles_of_a_convolution_that_the_compiler_refuses_are_left_out(op, on_card, monkeypatch):
+    device, cell = on_card(), conv_cell(op.split()[1])
+    given = contenders(cell, device)
+    bad = {c.name for c in given[1::3] if c != UNPACK}
+    compilers = Fake(monkeypatch, lambda c: "8 bytes spilled" if c.name in bad else None)
+    found = promising(cell, device, given[0], compilers, 60.0)
+    assert found.refused == dict.fromkeys(bad, "8 bytes spilled")
+    assert [*found.candidates] == [c for c in given if c.name not in bad]
+    assert {(arch, limit) for arch, _, limit in compilers.asked} == {("sm_90", 227 * 1024)}
+
+
 def gated_cell(device):
     layout = gate_layout((48, 64), (16, 16))
     like = torch.empty(0, dtype=torch.bfloat16)
     cell = cell_of(20, like, like.dtype, layout, "threshold", True, True, True, "triton", 5)
     return cell, device
-
-
-def conv_cell(device):
-    case = Case((20, 20), (1, 2), (2, 3), 1, padding=1)
-    return conv_cell_of("fwd", case.w, geometry_of_case(case), "triton", case.x), device
 
 
 @pytest.mark.parametrize(
@@ -213,9 +219,10 @@ def conv_cell(device):
         lambda device: (dataclasses.replace(CELL, native=True), device),
         lambda device: (dataclasses.replace(CELL, impl="torch", dtype=torch.float32), device),
         gated_cell,
-        conv_cell,
+        lambda device: (conv_cell(), CPU),
+        lambda device: (dataclasses.replace(conv_cell(), native=True), device),
     ],
-    ids=["CPU", "native", "torch", "gated", "conv"],
+    ids=["CPU", "native", "torch", "gated", "conv on a CPU", "native conv"],
 )
 def test_elsewhere_all_are_compared_as_they_are_given(make, on_card, monkeypatch):
     cell, device = make(on_card())
@@ -269,10 +276,12 @@ def processes(monkeypatch):
 
 def test_compilers_are_started_once_and_ended(on_card, processes):
     device = on_card()
-    with compilers_for([(CELL, CPU), (CELL, device)], 60.0) as found:
-        assert [found] == processes
-        assert not found.ended
-    assert found.ended
+    for cell in (CELL, conv_cell()):
+        with compilers_for([(cell, CPU), (cell, device)], 60.0) as found:
+            assert [found] == processes
+            assert not found.ended
+        assert found.ended
+        processes.clear()
 
 
 def test_compilers_that_do_not_start_in_time_are_done_without(on_card, processes, monkeypatch):
