@@ -11,10 +11,10 @@ from sgtriton_kernels.cell import OPS, Cell
 from sgtriton_kernels.conv_cell import CONV_OPS, ConvCell
 from sgtriton_kernels.tiles import BsrTile
 
+from . import conv_roofline, roofline
 from .compilers import Built, Compilers
 from .cross_compile import COPY_ENGINES, SHARED_LIMITS, shallow_pipeline, why_not
 from .launches import Launch, bsr_conv_launches, bsr_linear_launches
-from .roofline import predict, unpack_seconds
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ def rank(
 
     Args:
         card_name: one of ``CARD_NAMES``.
-        cell: what is to be computed, by Triton's kernels; a pass of ``bsr_linear``: of a
-            convolution the model of a card would leave out that each tap reads ``x`` again.
+        cell: what is to be computed, by Triton's kernels: a pass of ``bsr_linear`` or, as a
+            :class:`.ConvCell`, of a convolution.
         candidates: of the cell's pass; those without a tile are not compiled.
         compilers: processes to compile in; of this call's own if ``None``.
         deadline: by ``time.monotonic``; what is not compiled by then is dropped.
@@ -64,11 +64,7 @@ def rank(
     on = card(card_name)
     if cell.impl != "triton" or cell.native:
         raise ValueError(f"cell must be a product by Triton's kernels on a card, got {cell}")
-    if cell.op not in OPS:
-        raise ValueError(
-            "cell must be a pass of bsr_linear, the model of a card describes no other; got "
-            f"{cell.op}"
-        )
+    _check_op(cell)
     if unknown := [c.name for c in candidates if c.tile is None and c.way != "unpack"]:
         raise ValueError(f"candidates must have a tile or be 'unpack', got {', '.join(unknown)}")
     limit = on.shared_program_kib * 1024
@@ -89,7 +85,7 @@ def expected(on: Card, cell: Cell, candidate: Candidate) -> tuple[float, str]:
     """How many seconds a candidate should take on a card, and what bounds it.
 
     Args:
-        cell: a pass of ``bsr_linear`` by Triton's kernels.
+        cell: as for :func:`rank`.
         candidate: one with a tile, or ``"unpack"``.
 
     Returns:
@@ -98,9 +94,14 @@ def expected(on: Card, cell: Cell, candidate: Candidate) -> tuple[float, str]:
     Raises:
         ValueError: there is no prediction of it.
     """
-    if candidate.tile is None:
-        return unpack_seconds(on, cell), "library"
-    found = predict(on, cell, candidate.tile)
+    if isinstance(cell, ConvCell):
+        if candidate.tile is None:
+            return conv_roofline.unpack_seconds(on, cell), "library"
+        found = conv_roofline.predict(on, cell, candidate.tile)
+    elif candidate.tile is None:
+        return roofline.unpack_seconds(on, cell), "library"
+    else:
+        found = roofline.predict(on, cell, candidate.tile)
     return found.seconds, found.bound
 
 
@@ -120,16 +121,14 @@ def faults(
 
     Args:
         arch: one of ``TARGETS``.
-        cell: a pass of ``bsr_linear`` or of a convolution by Triton's kernels.
         shared_limit: bytes of shared memory that a program can have; the architecture's if
             ``None``.
-        candidates, compilers, deadline, on_built: as for :func:`rank`.
+        cell, candidates, compilers, deadline, on_built: as for :func:`rank`.
 
     Returns:
         Of each the reason in words; ``None`` where there is none, or no kernel.
     """
-    if cell.op not in (*OPS, *CONV_OPS):
-        raise ValueError(f"cell must be a pass of bsr_linear or bsr_conv, got {cell.op}")
+    _check_op(cell)
     if reason := why_not():
         raise ValueError(f"candidates cannot be compiled: {reason}")
     if arch not in SHARED_LIMITS:
@@ -145,6 +144,15 @@ def faults(
     else:
         built = iter(compilers.build(work, deadline, on_built))
     return [_fault(arch, cell, some, [next(built) for _ in some], limit) for some in launches]
+
+
+def _check_op(cell: Cell) -> None:
+    kinds = {**dict.fromkeys(OPS, Cell), **dict.fromkeys(CONV_OPS, ConvCell)}
+    if type(cell) is not kinds.get(cell.op):
+        raise ValueError(
+            "cell must be a Cell of a pass of bsr_linear or a ConvCell of one of bsr_conv, got a "
+            f"{type(cell).__name__} of {cell.op}"
+        )
 
 
 def _launches(arch: str, cell: Cell, tile: BsrTile) -> list[Launch]:

@@ -1,9 +1,9 @@
 """What a search compares on a device, the most promising first.
 
-On a card there are dozens of candidates for a product of ``bsr_linear``, and a launch of each is
-compiled before it can be timed. So they are ordered by the model of the card, compiled in this
-order, several at a time, and those that the compiler takes are kept until there are enough. Those
-of a convolution are compiled as well. Elsewhere, and of other ops, all of them are compared.
+On a card there are dozens of candidates for a product of ``bsr_linear`` or a convolution, and a
+launch of each is compiled before it can be timed. So they are ordered by the model of the card,
+compiled in this order, several at a time, and those that the compiler takes are kept until there
+are enough. Elsewhere, and of other ops, all of them are compared.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def promising(
     """What to compare: what is taken now, what reasoning gives, and others that promise something.
 
     On a card that the compiler knows, what it refuses is left out; on one whose figures are known,
-    of a linear product all but :data:`MOST` tiles. What the library computes stays in.
+    all but :data:`MOST` tiles. What the library computes stays in.
 
     Args:
         cell: the product.
@@ -110,10 +110,8 @@ def promising(
     most, limit = len(given), SHARED_LIMITS[arch]
     if name is not None:
         on = card(name)
-        limit = on.shared_program_kib * 1024
-        if cell.op in OPS:
-            most = MOST
-            given.sort(key=lambda candidate: _seconds(on, cell, candidate))
+        most, limit = MOST, on.shared_program_kib * 1024
+        given.sort(key=lambda candidate: _seconds(on, cell, candidate))
     begin = time.monotonic()
     kept, late, refused = [], [], {}
     while given and len(kept) < most and time.monotonic() < begin + _SOFT * seconds:

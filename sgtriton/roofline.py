@@ -50,12 +50,12 @@ from sgtriton_kernels.cell import Cell
 from sgtriton_kernels.tiles import BsrTile, tile_for_bsr_linear
 
 from .card_rates import fill_bandwidth, peak, step_seconds
-from .schedule import Programs, multiplied, sampled
+from .schedule import Programs, programs_of
 
 BOUNDS = ("memory", "compute", "shared-memory fill", "waves", "imbalance", "sums", "start")
 
 START = 2e-6
-_INDEX = 4  # bytes
+INDEX = 4  # bytes
 # What evenness costs is named as the bound from here on.
 _UNEVEN = 1.25
 
@@ -96,7 +96,7 @@ def _memory_seconds(card: Card, cell: Cell, density: float, readings: float = 1.
         "bsr_linear dx": (dy, 2 * blocks + K / bk),
         "bsr_linear dvalues": (dy, 3 * blocks),
     }[cell.op]
-    moved = cell.dtype.itemsize * (w + x + dy + (readings - 1) * again) + _INDEX * indices
+    moved = cell.dtype.itemsize * (w + x + dy + (readings - 1) * again) + INDEX * indices
     return moved / (card.bandwidth_gbs * 1e9)
 
 
@@ -127,7 +127,7 @@ def unpack_seconds(card: Card, cell: Cell) -> float:
     whole, kernels = (0, 1) if cell.op == "bsr_linear dvalues" else (1, 2)
     written = (whole + 2 * cell.density) * cell.N * cell.K * cell.dtype.itemsize
     indices = cell.nnz + cell.block_rows
-    seconds = (written + _INDEX * indices) / (card.bandwidth_gbs * 1e9)
+    seconds = (written + INDEX * indices) / (card.bandwidth_gbs * 1e9)
     return seconds + kernels * START + dense_seconds(card, cell)
 
 
@@ -145,21 +145,38 @@ def predict(card: Card, cell: Cell, tile: BsrTile | None = None) -> Prediction:
     if tile.form == "pairs":
         raise ValueError("what pairs of rows share depends on the pattern: no prediction")
     tile = replace(tile, BLOCK_N=min(tile.BLOCK_N, bn), BLOCK_K=min(tile.BLOCK_K, bk))
+    programs = programs_of(cell, tile, card.multiprocessors)
+    # x, in backward dy; of the values' gradient the first share of the rows is multiplied first
+    size = cell.dtype.itemsize * cell.M * (cell.K if which == "fwd" else cell.N)
     if which == "dvalues":
-        programs = sampled(cell, tile, card.multiprocessors)
-    else:
-        programs = multiplied(cell, tile, card.multiprocessors, which == "dx")
+        size /= tile.split
+    again = readings(card, size, programs, cell.density)
+    memory = _memory_seconds(card, cell, cell.density, again)
+    starts, sums = START, 0.0
+    if tile.split > 1:
+        result = {"fwd": cell.M * cell.N, "dx": cell.M * cell.K}.get(which, cell.nnz * bn * bk)
+        starts, sums = 2 * START, sums_seconds(card, tile.split * result)
+    return bounded(card, cell, tile, programs, memory, sums, starts)
+
+
+def bounded(
+    card: Card,
+    cell: Cell,
+    tile: BsrTile,
+    programs: Programs,
+    memory: float,
+    sums: float,
+    starts: float,
+) -> Prediction:
+    """What the programs of a tile take beside memory, sums and starts, and which is the most.
+
+    Args:
+        memory, sums, starts: seconds.
+    """
     multiply, fill = step_seconds(
         card, programs.tile, programs.rows, programs.depth, cell.dtype, cell.precision
     )
     last = programs.last * max(multiply, fill)
-    memory = _memory_seconds(card, cell, cell.density, _readings(card, cell, programs))
-    starts, sums = START, 0.0
-    if tile.split > 1:
-        result = {"fwd": cell.M * cell.N, "dx": cell.M * cell.K}.get(which, cell.nnz * bn * bk)
-        starts, size = 2 * START, 4 * tile.split * result
-        inside = size <= card.l2_mb * 2**20
-        sums = 2 * size / (fill_bandwidth(card)[0] if inside else card.bandwidth_gbs * 1e9)
     busy = max(memory, last)
     if starts > busy + sums:
         bound = "start"
@@ -175,19 +192,38 @@ def predict(card: Card, cell: Cell, tile: BsrTile | None = None) -> Prediction:
     return Prediction(busy + sums + starts, bound, tile)
 
 
-def _readings(card: Card, cell: Cell, programs: Programs) -> float:
-    """How many times memory is asked for what programs share: ``x``, in backward ``dy``.
+def sums_seconds(card: Card, count: int) -> float:
+    """What it takes to write sums in fp32 and to read them, in the second-level cache if it can."""
+    size = 4 * count
+    inside = size <= card.l2_mb * 2**20
+    return 2 * size / (fill_bandwidth(card)[0] if inside else card.bandwidth_gbs * 1e9)
+
+
+def readings(card: Card, size: float, programs: Programs, density: float) -> float:
+    """How many times memory is asked for what programs share.
 
     Once if the last cache holds it. Else what any of the programs in flight, one a multiprocessor,
     needs of it is read once for them all.
+
+    Args:
+        size: bytes of it.
+        density: the share of it that a list needs.
     """
-    size = cell.dtype.itemsize * cell.M * (cell.K if cell.op == "bsr_linear fwd" else cell.N)
-    if cell.op == "bsr_linear dvalues":  # the first share of the rows is multiplied first
-        size /= programs.tile.split
-    if size <= (card.last_level_mb or card.l2_mb) * 2**20 or not programs.list_programs:
+    if is_held(card, size):
         return 1.0
-    together = max(1.0, card.multiprocessors / programs.list_programs)  # lists in flight
-    return max(1.0, programs.lists / together * (1 - (1 - cell.density) ** together))
+    together = lists_in_flight(card, programs)
+    return max(1.0, programs.lists / together * (1 - (1 - density) ** together))
+
+
+def is_held(card: Card, size: float) -> bool:
+    """Whether the card's last cache holds so many bytes."""
+    return size <= (card.last_level_mb or card.l2_mb) * 2**20
+
+
+def lists_in_flight(card: Card, programs: Programs) -> float:
+    """How many lists the programs in flight have between them."""
+    of_a_list = programs.list_programs
+    return max(1.0, card.multiprocessors / of_a_list) if of_a_list else 1.0
 
 
 def predicted_speedup(card: Card, cell: Cell) -> float:

@@ -35,13 +35,25 @@ def makespan(
     lengths: tuple[int, ...], parts: int, split: int, tiles_m: int, processors: int
 ) -> int:
     """When the last program ends, in blocks, as the kernel's order hands them out."""
-    free = [0] * processors
+    free = {0: processors}  # from when on how many are
+    times = [0]  # a heap
     for length in lengths:
         share = -(-length // split)
         pieces = [max(min(share, length - i * share), 0) for i in range(split)]
         for piece in pieces * parts:
-            for _ in range(tiles_m if piece else 0):
-                heapq.heapreplace(free, free[0] + piece)
+            left = tiles_m if piece else 0
+            while left:  # there are many, all as long
+                now = times[0]
+                taken = min(left, free[now])
+                if taken == free[now]:
+                    heapq.heappop(times)
+                    del free[now]
+                else:
+                    free[now] -= taken
+                if now + piece not in free:
+                    heapq.heappush(times, now + piece)
+                free[now + piece] = free.get(now + piece, 0) + taken
+                left -= taken
     return max(free)
 
 
@@ -61,6 +73,13 @@ class Programs:
     last: int
     lists: float  # of programs that read the same of what is read again
     list_programs: float
+
+
+def programs_of(cell: Cell, tile: BsrTile, processors: int) -> Programs:
+    """Programs of a pass of ``bsr_linear`` with a tile that is cut to the block."""
+    if cell.op == "bsr_linear dvalues":
+        return sampled(cell, tile, processors)
+    return multiplied(cell, tile, processors, cell.op == "bsr_linear dx")
 
 
 def multiplied(cell: Cell, tile: BsrTile, processors: int, transposed: bool) -> Programs:

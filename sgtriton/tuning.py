@@ -51,9 +51,10 @@ def tune(
     meet and which images its convolutions. Then the candidates of each product are checked against
     a dense product and timed in turns; the present choice stays unless another is faster by more
     than the noise. What is found is kept in the user's cache and taken from the next call on; the
-    layers' forms stay as they are. Of linear products on a card whose figures are known, the dozen
-    tiles are compared that its model promises most of; where there is time for it, all that are
-    compared are compiled before, side by side, and what the compiler refuses is left out.
+    layers' forms stay as they are. Of linear products and convolutions on a card whose figures are
+    known, the dozen tiles are compared that its model promises most of; where there is time for it,
+    all that are compared are compiled before, side by side, and what the compiler refuses is left
+    out.
 
     Of gated linear layers in training mode a whole step is measured, forward and backward, with
     their gates as they are now; of those in eval mode the forward pass under ``no_grad``. On a CPU

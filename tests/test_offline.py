@@ -12,7 +12,7 @@ from sgtriton_kernels.cell import Cell
 from sgtriton_kernels.shared_memory import bytes_of
 from sgtriton_kernels.tiles import BsrTile
 
-from sgtriton import offline, roofline
+from sgtriton import conv_roofline, offline, roofline
 from sgtriton.compilers import NO_TIME, Built, Compilers
 from sgtriton.cross_compile import COPY_ENGINES
 from sgtriton.launches import Launch
@@ -164,6 +164,26 @@ def test_what_ships_for_convolutions_is_taken_by_compilers(op, arch, compilers):
 
 
 @pytest.mark.compiles
+@pytest.mark.parametrize("name", ["A100 SXM 80GB", "RX 7900 XTX"])
+@pytest.mark.parametrize("op", ["fwd", "dx", "dvalues"])
+def test_convolutions_are_ranked_by_their_model(op, name, compilers):
+    on, cell = card(name), conv_cell(op, channels=(128, 128), block=(64, 64))
+    given = [*candidates(cell)[::3], *([UNPACK] if op != "dvalues" else [])]
+    found = rank(name, cell, given, compilers)
+    assert {ranked.candidate for ranked in found} == {*given}
+    assert [ranked.dropped for ranked in found] == [None] * len(found)
+    seconds = [ranked.seconds for ranked in found]
+    assert seconds == sorted(seconds)
+    for ranked in found:
+        if ranked.candidate.tile is None:
+            expected = conv_roofline.unpack_seconds(on, cell), "library"
+        else:
+            model = conv_roofline.predict(on, cell, ranked.candidate.tile)
+            expected = model.seconds, model.bound
+        assert (ranked.seconds, ranked.bound) == expected
+
+
+@pytest.mark.compiles
 def test_a_convolution_is_compiled_as_the_layer_asks(monkeypatch):
     seen, small = [], BsrTile(32, 32, 16, 2, 4)
 
@@ -259,9 +279,9 @@ def test_what_cannot_be_ranked_is_refused(monkeypatch):
         rank("H300", CELL, [])
     with pytest.raises(ValueError, match="cell must be a product by Triton's kernels"):
         rank("H200", dataclasses.replace(CELL, impl="torch"), [])
-    conv = dataclasses.replace(CELL, op="bsr_conv fwd")
-    with pytest.raises(ValueError, match=r"must be a pass of bsr_linear, .* got bsr_conv fwd"):
-        rank("H200", conv, [])
+    no_conv = dataclasses.replace(CELL, op="bsr_conv fwd")
+    with pytest.raises(ValueError, match=r"a ConvCell of one of bsr_conv, got a Cell of bsr_conv"):
+        rank("H200", no_conv, [])
     with pytest.raises(ValueError, match="must have a tile or be 'unpack', got loop"):
         rank("H200", CELL, [Candidate("loop", way="loop")])
     monkeypatch.setattr(offline, "why_not", lambda: "no compiler")
@@ -271,5 +291,5 @@ def test_what_cannot_be_ranked_is_refused(monkeypatch):
     with pytest.raises(ValueError, match="arch must be one of sm_80, sm_86"):
         faults("sm_70", CELL, tiles(GOOD))
     gated = dataclasses.replace(CELL, op="gated_linear step")
-    with pytest.raises(ValueError, match="bsr_linear or bsr_conv, got gated_linear step"):
+    with pytest.raises(ValueError, match="must be a Cell of a pass of bsr_linear or a ConvCell"):
         faults("sm_80", gated, tiles(GOOD))

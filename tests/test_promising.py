@@ -194,14 +194,20 @@ def test_of_a_card_without_figures_only_what_is_refused_is_left_out(on_card, mon
 
 
 @pytest.mark.parametrize("op", CONV_OPS)
-def test_tiles_of_a_convolution_that_the_compiler_refuses_are_left_out(op, on_card, monkeypatch):
-    device, cell = on_card(), conv_cell(op.split()[1])
-    given = contenders(cell, device)
-    bad = {c.name for c in given[1::3] if c != UNPACK}
+def test_tiles_of_a_convolution_are_pruned_and_ordered_as_well(op, on_card, monkeypatch):
+    device, cell = on_card(), conv_cell(op.split()[1], channels=(128, 256), block=(128, 128))
+    given = others_than(analytic(cell).candidate, cell=cell, device=device)
+    order = sorted(given, key=lambda c: 0.0 if c == UNPACK else expected(card("H200"), cell, c)[0])
+    order = [c for c in order if c != UNPACK]
+    assert len({expected(card("H200"), cell, c)[0] for c in order}) > len(order) // 3
+    bad = {c.name for c in order[1::4]}
     compilers = Fake(monkeypatch, lambda c: "8 bytes spilled" if c.name in bad else None)
-    found = promising(cell, device, given[0], compilers, 60.0)
-    assert found.refused == dict.fromkeys(bad, "8 bytes spilled")
-    assert [*found.candidates] == [c for c in given if c.name not in bad]
+    found = promising(cell, device, analytic(cell).candidate, compilers, 60.0)
+    assert {*found.refused} <= bad
+    assert next(c.name for c in order if c.name in bad) in found.refused
+    tiles = [c for c in found.candidates[1:] if c != UNPACK]
+    assert tiles == [c for c in order if c.name not in bad][:MOST]
+    assert (UNPACK in found.candidates) == (op != "bsr_conv dvalues")
     assert {(arch, limit) for arch, _, limit in compilers.asked} == {("sm_90", 227 * 1024)}
 
 

@@ -1,5 +1,7 @@
 """Programs and when the last of them ends, against figures worked out by hand."""
 
+import random
+
 import pytest
 import torch
 from sgtriton_kernels.cell import Cell
@@ -22,6 +24,21 @@ from sgtriton import schedule
 )
 def test_programs_are_handed_out_in_order(lengths, parts, split, tiles_m, processors, expected):
     assert schedule.makespan(lengths, parts, split, tiles_m, processors) == expected
+
+
+def test_many_programs_end_as_if_each_were_handed_out_alone():
+    for seed in range(50):
+        random.seed(seed)
+        lengths = tuple(random.choices(range(9), k=12))
+        split, tiles_m, free = random.choice((1, 4)), random.randrange(1, 40), [0] * (1 + seed % 11)
+        for length in lengths:
+            share = -(-length // split)
+            for i in range(2 * split):  # of two parts
+                piece = min(share, max(length - i % split * share, 0))
+                for _ in range(tiles_m if piece else 0):
+                    free.sort()
+                    free[0] += piece
+        assert schedule.makespan(lengths, 2, split, tiles_m, len(free)) == max(free)
 
 
 def test_random_patterns_grow_and_are_as_many_as_asked_for():
