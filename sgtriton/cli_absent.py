@@ -8,19 +8,24 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+from sgtriton_kernels import BlockSparse
+from sgtriton_kernels.bsr_checks import why_no_kernel
 from sgtriton_kernels.cards import CARD_NAMES, named_card
 from sgtriton_kernels.cell import Cell
 from sgtriton_kernels.lookup import BELIEVED
 
 from .block_choice import BLOCKS, BlockChoice, choose_block, where_of
 from .choice_table import file_name, products_held, write_table
+from .file_products import file_products
 from .options import (
     BLOCK,
     DTYPES,
+    ROWS,
     SPARSITY,
     given,
     one_of,
     parse_block,
+    parse_rows,
     parse_shapes,
     refuse,
     share,
@@ -28,6 +33,8 @@ from .options import (
 from .predicted import (
     Predicted,
     PredictInterrupted,
+    cells_of,
+    entry_of,
     open_at_random,
     pass_of,
     passes,
@@ -41,6 +48,7 @@ from .tables import format_table, print_text, terminal_width
 
 _OK, _INTERRUPTED = 0, 130
 _DTYPE = "bfloat16"
+_NO_SIZE = "a file says no image size, and a table of a card holds no convolution"
 
 # options that mean nothing where something is timed
 ALONE = {"out": "only --card writes a table", "target": "it is of --blocks"}
@@ -52,7 +60,7 @@ def add_arguments(group: argparse._ArgumentGroup) -> None:
         "--card",
         metavar="NAME",
         help="compile and rank for a card that need not be here, and write a table marked "
-        "predicted, of --shapes or else of usual layers; one of "
+        "predicted, of --shapes, of a --checkpoint, or else of usual layers; one of "
         f"{', '.join(CARD_NAMES)}, in short if that is clear (h100); with --blocks cpu, too",
     )
     group.add_argument("--out", metavar="FILE", help="of --card; default: its name with .json")
@@ -67,12 +75,12 @@ def add_arguments(group: argparse._ArgumentGroup) -> None:
 def run(arguments: argparse.Namespace, seconds: float) -> int:
     """Run what the options ask for."""
     asked = "blocks" if arguments.blocks else "card"
-    refuse(arguments, asked, dict.fromkeys(("checkpoint", "rows", "device"), "give --shapes"))
     refuse(arguments, asked, dict.fromkeys(("explain", "again"), "nothing is timed"))
     if arguments.blocks:
+        refuse(arguments, asked, dict.fromkeys(("checkpoint", "rows", "device"), "give --shapes"))
         refuse(arguments, asked, {"train": "it is asked of forward"})
         return _blocks(arguments, where_of(arguments.card, torch.device("cpu")))
-    refuse(arguments, "card", {"target": ALONE["target"]})
+    refuse(arguments, "card", {"target": ALONE["target"], "device": "it is the device"})
     return _table(arguments, named_card(arguments.card), seconds)
 
 
@@ -82,7 +90,7 @@ def _dtype(arguments: argparse.Namespace, default: str) -> torch.dtype:
 
 def _table(arguments: argparse.Namespace, where: str, seconds: float) -> int:
     """Rank candidates for a card and write its table."""
-    cells = _cells(arguments)
+    cells, names, lines = _cells(arguments)
     out = Path(arguments.out or file_name(where))
     if not out.parent.is_dir() or out.is_dir():
         raise ValueError(f"out must be a file in a folder that exists, got {str(out)!r}")
@@ -101,9 +109,9 @@ def _table(arguments: argparse.Namespace, where: str, seconds: float) -> int:
         print("sgtriton: interrupted", file=sys.stderr)
     if found:
         print(f"{where}: predicted, not measured\n")
-        headers, rows = shown(found)
+        headers, rows = shown(found, names)
         print(format_table(headers, rows, width=terminal_width()))
-    for text in (*left_out, *_skipped(found)):
+    for text in (*lines, *left_out, *_skipped(found)):
         print_text(text)
     if not found:
         if code == _INTERRUPTED:
@@ -144,8 +152,44 @@ def _check_holds_no_more(out: Path, held: int, ranked: int) -> None:
         )
 
 
-def _cells(arguments: argparse.Namespace) -> list[Cell]:
-    """The products that the options name, or the usual ones."""
+def _cells(arguments: argparse.Namespace) -> tuple[list[Cell], dict[str, str], list[str]]:
+    """The products that the options name, or the usual ones.
+
+    Returns:
+        Each product once, as tables tell them apart; of a file the layers that it is of, by
+        :func:`.entry_of`; and lines that say which layers are left out.
+    """
+    if arguments.checkpoint is None:
+        return _described_cells(arguments), {}, []
+    if arguments.shapes is not None:
+        raise ValueError("one of --shapes and --checkpoint is needed, got both")
+    refuse(arguments, "checkpoint", dict.fromkeys(("block", "sparsity"), "the file says them"))
+    products, lines = file_products(
+        arguments.checkpoint, parse_rows(given(arguments.rows, ROWS)),
+        None if arguments.dtype is None else _dtype(arguments, _DTYPE), torch.device("cpu"),
+        arguments.train, _NO_SIZE, _why_no_kernel,
+    )  # fmt: skip
+    cells: dict[str, Cell] = {}
+    layers: dict[str, list[str]] = {}
+    for product in products:
+        for cell in cells_of(product):
+            cells.setdefault(entry_of(cell), cell)
+            layers.setdefault(entry_of(cell), []).append(product.name)
+    names = {entry: ", ".join(dict.fromkeys(found)) for entry, found in layers.items()}
+    return [*cells.values()], names, lines
+
+
+def _why_no_kernel(matrix: BlockSparse) -> str | None:
+    """Why no kernel of a card serves a weight."""
+    if not why_no_kernel(matrix.values.dtype, matrix.block):
+        return None
+    dtype, (bn, bk) = matrix.values.dtype, matrix.block
+    return f"blocks of {bn}x{bk} in {str(dtype).removeprefix('torch.')}, which no kernel takes"
+
+
+def _described_cells(arguments: argparse.Namespace) -> list[Cell]:
+    """The products of ``--shapes``, or the usual ones."""
+    refuse(arguments, "card", {"rows": "it is of --checkpoint"})
     dtype = _dtype(arguments, _DTYPE)
     if arguments.shapes is None:
         refuse(arguments, "card", dict.fromkeys(("block", "sparsity"), "give --shapes"))

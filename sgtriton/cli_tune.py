@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 import time
 from typing import Any
@@ -13,16 +12,17 @@ from sgtriton_kernels import BlockSparse
 from sgtriton_kernels.records import cache_folder
 
 from . import cli_absent
-from .file_layers import stored_layers
+from .file_products import file_products
 from .options import (
     BLOCK,
     DTYPES,
+    ROWS,
     SPARSITY,
-    check_memory,
     given,
     number,
     one_of,
     parse_block,
+    parse_rows,
     parse_shapes,
     refuse,
     share,
@@ -36,7 +36,7 @@ from .tune_report import TuneInterrupted
 from .tuning import check_may_search, choices_of, tune_products
 
 _OK, _FAILED, _INTERRUPTED = 0, 1, 130
-_SECONDS, _ROWS = "60", "1,16,128"
+_SECONDS = "60"
 _SEED = 0
 _NO_SIZE = "a file says no image size: sgtriton.tune(model, example_input) chooses for convolutions"
 
@@ -68,7 +68,7 @@ def add_command(commands: argparse._SubParsersAction[Any]) -> None:
         "--sparsity", help=f"share of the blocks that is closed, in [0, 1); default: {SPARSITY}"
     )
     checkpoint = tune.add_argument_group("of --checkpoint")
-    checkpoint.add_argument("--rows", metavar="M[,...]", help=f"rows of x; default: {_ROWS}")
+    checkpoint.add_argument("--rows", metavar="M[,...]", help=f"rows of x; default: {ROWS}")
     tune.add_argument(
         "--dtype",
         help=f"{', '.join(DTYPES)}; default: float32, of a file its own",
@@ -126,8 +126,13 @@ def _products(arguments: argparse.Namespace) -> list[Product]:
             arguments.train,
         )
     refuse(arguments, "checkpoint", dict.fromkeys(("block", "sparsity"), "the file says them"))
-    rows = _rows(given(arguments.rows, _ROWS))
-    return _stored_products(arguments.checkpoint, rows, dtype, device, arguments.train)
+    rows = parse_rows(given(arguments.rows, ROWS))
+    products, lines = file_products(
+        arguments.checkpoint, rows, dtype, device, arguments.train, _NO_SIZE
+    )
+    for line in lines:
+        print_text(line)
+    return products
 
 
 def _device(text: str | None) -> torch.device:
@@ -137,19 +142,6 @@ def _device(text: str | None) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("device must be cpu, since PyTorch sees no card here; got 'cuda'")
     return device
-
-
-def _rows(text: str) -> tuple[int, ...]:
-    found = []
-    for part in text.split(","):
-        match = re.fullmatch(r"\d{1,18}", part.strip(), re.ASCII)
-        if not match or not int(part):
-            raise ValueError(
-                "rows must be whole numbers of 1 or more with commas between them, such as "
-                f"{_ROWS}; got {part!r}"
-            )
-        found.append(int(part))
-    return tuple(dict.fromkeys(found))
 
 
 def _random_products(
@@ -190,45 +182,6 @@ def _random_matrix(
     random = torch.Generator(device).manual_seed(_SEED)
     weight = torch.randn(n, k, generator=random, device=device).to(dtype)
     return BlockSparse.from_dense(weight, block, is_open)
-
-
-def _stored_products(
-    path: str,
-    rows: tuple[int, ...],
-    dtype: torch.dtype | None,
-    device: torch.device,
-    trains: bool,
-) -> list[Product]:
-    """The linear layers that a file stores in blocks; says which others it leaves out."""
-    products: list[Product] = []
-    others: dict[str, list[str]] = {}
-    for name, (part, wide) in stored_layers(path).items():
-        # the file may come from anywhere, and a name goes to a terminal
-        name = "".join(filter(str.isprintable, name)) or "the model"
-        shape = part.layout.weight_shape
-        if len(shape) != 2:
-            others.setdefault("convolutions", []).append(name)
-        elif part.matrix is None:
-            others.setdefault("a gate for each weight", []).append(name)
-        elif part.matrix.nnz == 0:
-            others.setdefault("no open block", []).append(name)
-        else:
-            check_memory("rows", max(rows), shape[0], shape[1], f"{max(rows)} of {name}")
-            products.append(Product(name, part.matrix.to(device, dtype), rows, trains))
-            if wide is not None:
-                merged = part.merged(wide).matrix
-                assert merged is not None
-                products.append(Product(name, merged.to(device, dtype), rows))
-    left_out = "; ".join(f"{', '.join(names)} ({why})" for why, names in others.items())
-    if not products:
-        found = f"it stores {left_out}" if left_out else "it stores no sparse layer"
-        hint = f"; {_NO_SIZE}" if "convolutions" in others else ""
-        raise ValueError(f"checkpoint {path}: no linear layer in blocks to tune; {found}{hint}")
-    if left_out:
-        print_text(f"left out: {left_out}")
-        if "convolutions" in others:
-            print_text(_NO_SIZE)
-    return products
 
 
 class _Shown:

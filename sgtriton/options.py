@@ -10,12 +10,13 @@ from typing import TypeVar
 import torch
 
 __all__ = [
-    "BLOCK", "DTYPES", "SPARSITY", "check_memory", "given", "number", "one_of", "parse_block",
-    "parse_shapes", "refuse", "share",
+    "BLOCK", "DTYPES", "ROWS", "SPARSITY", "check_memory", "given", "number", "one_of",
+    "parse_block", "parse_rows", "parse_shapes", "refuse", "share",
 ]  # fmt: skip
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 BLOCK, SPARSITY = "32x32", "0.9"  # defaults of products that options describe
+ROWS = "1,16,128"  # of x, of the layers of a file
 
 _MOST = 1 << 31  # elements of a weight, and of what is multiplied with it
 
@@ -89,6 +90,20 @@ def parse_shapes(text: str) -> list[tuple[int, int, int]]:
         check_memory("shapes", m, n, k, part)
         shapes.append((m, n, k))
     return shapes
+
+
+def parse_rows(text: str) -> tuple[int, ...]:
+    """Read numbers of rows of x such as ``1,16,128``, each once."""
+    found = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\d{1,18}", part.strip(), re.ASCII)
+        if not match or not int(part):
+            raise ValueError(
+                "rows must be whole numbers of 1 or more with commas between them, such as "
+                f"{ROWS}; got {part!r}"
+            )
+        found.append(int(part))
+    return tuple(dict.fromkeys(found))
 
 
 def check_memory(name: str, m: int, n: int, k: int, given: object) -> None:

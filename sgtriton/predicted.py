@@ -7,21 +7,24 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from sgtriton_kernels.bsr_choice import longest_row
 from sgtriton_kernels.candidate import ANALYTIC
 from sgtriton_kernels.candidates import candidates
 from sgtriton_kernels.cards import card
 from sgtriton_kernels.cell import OPS, Cell
 from sgtriton_kernels.lookup import BELIEVED, analytic
+from sgtriton_kernels.records import key_text
 
 from .choice_table import make_table, with_stops
 from .compilers import NO_TIME, Compilers
 from .cross_compile import COPY_ENGINES
 from .offline import Ranked, rank
+from .products import Product
 from .roofline import at_sparsity
 from .schedule import row_lengths
 
@@ -103,6 +106,25 @@ def usual_cells(dtype: torch.dtype = torch.bfloat16, trains: bool = False) -> It
         yield from passes(open_at_random(empty, sparsity), trains)
 
 
+def cells_of(product: Product) -> Iterator[Cell]:
+    """The passes of a weight with each number of rows, by Triton's kernels.
+
+    Of its pattern the number of blocks counts and, for lookups, the longest block row; predictions
+    are of a random one.
+    """
+    w = product.matrix
+    for m in product.rows:
+        cell = Cell(
+            OPS[0], "triton", m, *w.shape, w.block, w.nnz, w.values.dtype, longest_row(w.crow)
+        )
+        yield from passes(cell, product.trains)
+
+
+def entry_of(cell: Cell) -> str:
+    """Which entries of a table are a product's: those of two that say the same are the same."""
+    return key_text(cell.key() | {"balance": ""})
+
+
 def predict_cells(
     card_name: str,
     cells: Iterable[Cell],
@@ -182,23 +204,30 @@ def table_of(card_name: str, found: Sequence[Predicted]) -> dict[str, Any]:
     return make_table(card_name, card(card_name).arch, "predicted", entries, facts)
 
 
-def shown(found: Sequence[Predicted]) -> tuple[list[str], list[list[str]]]:
-    """Headers and rows of a table for a reader."""
+def shown(
+    found: Sequence[Predicted], names: Mapping[str, str] | None = None
+) -> tuple[list[str], list[list[str]]]:
+    """Headers and rows of a table for a reader.
+
+    Args:
+        names: :func:`entry_of` a product -> the layers that it is of.
+    """
     headers = [
         "pass", "M", "N, K", "block", "density", "takes", "us", "bound", "by reasoning, us", "gain",
     ]  # fmt: skip
+    if names:
+        headers.insert(0, "layer")
     rows = []
     for p in found:
         assert p.best.seconds is not None
         takes = p.best.candidate.name
         if p.best.candidate == analytic(p.cell).candidate:
             takes = f"{takes} ({ANALYTIC})"
-        rows.append(
-            [
-                pass_of(p.cell.op), str(p.cell.M), f"{p.cell.N}, {p.cell.K}",
-                f"{p.cell.block[0]}x{p.cell.block[1]}", f"{p.cell.density:.2f}", takes,
-                f"{1e6 * p.best.seconds:.1f}", str(p.best.bound), f"{1e6 * p.reasoned:.1f}",
-                f"{p.gain:.2f}x",
-            ]
-        )  # fmt: skip
+        row = [
+            pass_of(p.cell.op), str(p.cell.M), f"{p.cell.N}, {p.cell.K}",
+            f"{p.cell.block[0]}x{p.cell.block[1]}", f"{p.cell.density:.2f}", takes,
+            f"{1e6 * p.best.seconds:.1f}", str(p.best.bound), f"{1e6 * p.reasoned:.1f}",
+            f"{p.gain:.2f}x",
+        ]  # fmt: skip
+        rows.append([names[entry_of(p.cell)], *row] if names else row)
     return headers, rows

@@ -5,12 +5,17 @@ import re
 
 import pytest
 import torch
+from sgtriton_kernels.bsr_choice import cell_of
 from sgtriton_kernels.candidate import UNPACK, Candidate
 from sgtriton_kernels.cell import OPS, Cell
 from sgtriton_kernels.lookup import analytic
+from test_cli_tune import Net, save
+from torch import nn
 
+import sgtriton
 from sgtriton import cli_absent, predicted
 from sgtriton.cli import main
+from sgtriton.demo.models import make_model
 from sgtriton.offline import Ranked
 
 
@@ -61,6 +66,66 @@ def test_gradients_are_ranked_where_the_model_trains(ranked, tmp_path, capsys):
     ]
     assert "unpack is skipped: ptxas: too much" in text
     assert "unpack is skipped for dx: ptxas: too much" in text
+
+
+def test_layers_of_a_file_are_ranked(ranked, tmp_path, capsys):
+    path = save(Net(), tmp_path / "net", {"conv": (16, 16), "blocks": (16, 16), "single": (1, 1)})
+    w = sgtriton.load(Net(), path).blocks.matrix
+    out = tmp_path / "t.json"
+    arguments = ["tune", "--card", "h100", "--checkpoint", path, "--out", str(out)]
+    assert main([*arguments, "--rows", "5,16,16"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "left out: conv (convolutions); single (a gate for each weight)" in text
+    assert "a file says no image size, and a table of a card holds no convolution" in text
+    assert "layer pass M N, K" in text
+    assert "blocks fwd 5 48, 64 16x16" in text
+    table = json.loads(out.read_text())
+    assert table["ranked"] == 2
+    keys = [e["key"] for e in table["entries"] if e["key"]["balance"] == "even"]
+    assert [(key["rows"], key["dtype"]) for key in keys] == [(8, "float32"), (16, "float32")]
+    for m, key in zip((5, 16), keys, strict=True):
+        looked_up = cell_of("fwd", w, "triton", torch.empty(m, 64)).key()
+        assert key == looked_up | {"balance": "even"}
+
+    assert main([*arguments, "--rows", "16", "--dtype", "float16", "--train"]) == 0
+    keys = [e["key"] for e in json.loads(out.read_text())["entries"]]
+    assert {(key["op"], key["dtype"]) for key in keys} == {(op, "float16") for op in OPS}
+
+
+def test_layers_that_ask_for_the_same_entry_are_ranked_once(ranked, tmp_path, capsys):
+    """A stack of equal layers would be compiled for one by one, and the last one's entry found."""
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(3)), nn.Linear(64, 32))
+    sgtriton.patch(model, (32, 32))
+    with torch.no_grad():
+        for i, layer in enumerate(model):
+            layer.gate[0, i % 2] = 0.0
+    sgtriton.save(sgtriton.sparsify(model.eval(), form="sparse"), tmp_path / "net")
+    path, out = str(tmp_path / "net"), tmp_path / "t.json"
+    arguments = ["--checkpoint", path, "--rows", "16", "--out", str(out)]
+    assert main(["tune", "--card", "h100", *arguments]) == 0
+    table = json.loads(out.read_text())
+    assert table["ranked"] == 2
+    assert len({json.dumps(entry["key"]) for entry in table["entries"]}) == 4
+    lines = [line for line in capsys.readouterr().out.splitlines() if "32x32" in line]
+    assert [line.split(" fwd ")[0].strip() for line in lines] == ["0, 1, 2", "3"]
+
+
+def test_blocks_that_no_kernel_takes_are_ranked_as_they_are_served(ranked, tmp_path, capsys):
+    """The model of the demo: of 4x4 the merged blocks count."""
+    path = save(make_model("lenet300", 0), tmp_path / "x", {"fc1": (4, 4), "fc2": (16, 48)})
+    out = tmp_path / "t.json"
+    arguments = ["tune", "--card", "h100", "--checkpoint", path, "--rows", "3", "--out", str(out)]
+    assert main([*arguments, "--train"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "left out: fc2 (blocks of 16x48 in float32, which no kernel takes)" in text
+    entries = json.loads(out.read_text())["entries"]
+    # what is merged serves only
+    assert {(e["key"]["op"], e["key"]["block"]) for e in entries} == {("bsr_linear fwd", "16x16")}
+    path = save(make_model("lenet300", 0), tmp_path / "x", {"fc2": (16, 48)})
+    assert main(arguments) == 2
+    assert "no linear layer in blocks to tune; it stores fc2 (blocks of 16x48" in (
+        capsys.readouterr().err
+    )
 
 
 def test_nearly_nothing_open_leaves_a_block(ranked, tmp_path):
@@ -128,7 +193,14 @@ def test_blocks_that_pay(capsys):
         ("--card A10 --explain", "explain does not go with --card: nothing is timed"),
         ("--blocks --train", "train does not go with --blocks: it is asked of forward"),
         ("--blocks --again", "again does not go with --blocks: nothing is timed"),
-        ("--card A10 --checkpoint f", "checkpoint does not go with --card"),
+        ("--blocks --checkpoint f", "checkpoint does not go with --blocks: give --shapes"),
+        ("--card A10 --checkpoint f", "f: no such file"),
+        ("--card A10 --checkpoint f --shapes 1x64x64", "--shapes and --checkpoint is needed"),
+        ("--card A10 --checkpoint f --block 32x32", "block does not go with --checkpoint"),
+        ("--card A10 --checkpoint f --rows 0", "rows must be whole numbers of 1 or more"),
+        ("--card A10 --checkpoint f --dtype fp8", "dtype must be one of .*, got 'fp8'"),
+        ("--card A10 --shapes 1x64x64 --rows 3", "rows does not go with --card"),
+        ("--card A10 --shapes 1x64x64 --device cpu", "device does not go with --card"),
         ("--shapes 1x64x64 --target .5", "target does not go with --shapes or --checkpoint"),
         ("--shapes 1x64x64 --out f", "out does not go with --shapes or --checkpoint"),
     ],
