@@ -94,15 +94,19 @@ def expected(on: Card, cell: Cell, candidate: Candidate) -> tuple[float, str]:
     Raises:
         ValueError: there is no prediction of it.
     """
+    if candidate.tile is not None:
+        found = prediction(on, cell, candidate.tile)
+        return found.seconds, found.bound
     if isinstance(cell, ConvCell):
-        if candidate.tile is None:
-            return conv_roofline.unpack_seconds(on, cell), "library"
-        found = conv_roofline.predict(on, cell, candidate.tile)
-    elif candidate.tile is None:
-        return roofline.unpack_seconds(on, cell), "library"
-    else:
-        found = roofline.predict(on, cell, candidate.tile)
-    return found.seconds, found.bound
+        return conv_roofline.unpack_seconds(on, cell), "library"
+    return roofline.unpack_seconds(on, cell), "library"
+
+
+def prediction(on: Card, cell: Cell, tile: BsrTile) -> roofline.Prediction:
+    """What the model of a card says of a tile; as :func:`expected`."""
+    if isinstance(cell, ConvCell):
+        return conv_roofline.predict(on, cell, tile)
+    return roofline.predict(on, cell, tile)
 
 
 def faults(

@@ -24,7 +24,7 @@ from sgtriton_kernels.records import architecture, device_name
 
 from .compilers import NO_TIME, Compilers
 from .cross_compile import COPY_ENGINES, SHARED_LIMITS, why_not
-from .offline import expected, faults
+from .offline import expected, faults, prediction
 
 MOST = 12  # tiles that are compared, beside those that are anyway
 _START, _LEAST_START = 0.2, 4.0  # share of all seconds to start compilers in; how many it must be
@@ -111,7 +111,7 @@ def promising(
     if name is not None:
         on = card(name)
         most, limit = MOST, on.shared_program_kib * 1024
-        given.sort(key=lambda candidate: _seconds(on, cell, candidate))
+        given.sort(key=lambda candidate: _order(on, cell, candidate))
     begin = time.monotonic()
     kept, late, refused = [], [], {}
     while given and len(kept) < most and time.monotonic() < begin + _SOFT * seconds:
@@ -142,8 +142,12 @@ def _target(cell: Cell, device: torch.device) -> str | None:
     return arch if arch in SHARED_LIMITS else None
 
 
-def _seconds(on: Card, cell: Cell, candidate: Candidate) -> float:
+def _order(on: Card, cell: Cell, candidate: Candidate) -> tuple[float, float]:
+    """What is predicted; of tiles that memory bounds alike, those whose programs end first."""
     try:
-        return expected(on, cell, candidate)[0]
+        if candidate.tile is None:
+            return expected(on, cell, candidate)[0], 0.0
+        found = prediction(on, cell, candidate.tile)
     except ValueError:  # there is no prediction of it
-        return math.inf
+        return math.inf, math.inf
+    return found.seconds, found.programs

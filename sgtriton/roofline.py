@@ -62,11 +62,15 @@ _UNEVEN = 1.25
 
 @dataclass(frozen=True)
 class Prediction:
-    """How long a sparse product takes in seconds, and what bounds it."""
+    """How long a sparse product takes in seconds, and what bounds it.
+
+    ``programs`` is what a tile's programs take where memory keeps up with them.
+    """
 
     seconds: float
     bound: str
     tile: BsrTile
+    programs: float
 
 
 def at_sparsity(cell: Cell, sparsity: float) -> Cell:
@@ -189,7 +193,7 @@ def bounded(
         bound = "waves" if by_waves else "imbalance"
     else:
         bound = "compute" if multiply >= fill else "shared-memory fill"
-    return Prediction(busy + sums + starts, bound, tile)
+    return Prediction(busy + sums + starts, bound, tile, last)
 
 
 def sums_seconds(card: Card, count: int) -> float:

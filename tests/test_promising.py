@@ -18,7 +18,7 @@ from sgtriton_kernels.lookup import analytic
 
 from sgtriton import promising as module
 from sgtriton.compilers import NO_TIME
-from sgtriton.offline import expected, faults
+from sgtriton.offline import expected, faults, prediction
 from sgtriton.promising import MOST, compilers_for, contenders, promising
 
 CPU = torch.device("cpu")
@@ -75,10 +75,16 @@ def others_than(*first, cell=CELL, device=CPU):
     return [c for c in contenders(cell, device) if c not in first]
 
 
-def by_model(name, given):
+def by_model(name, given, cell=CELL):
     """In the order that the model of a card gives, without those that it says nothing of."""
-    told = [c for c in given if c.tile is None or c.tile.form != "pairs"]
-    return sorted(told, key=lambda c: expected(card(name), CELL, c)[0])
+
+    def order(candidate):
+        if candidate.tile is None:
+            return expected(card(name), cell, candidate)[0], 0.0
+        found = prediction(card(name), cell, candidate.tile)
+        return found.seconds, found.programs
+
+    return sorted((c for c in given if c.tile is None or c.tile.form != "pairs"), key=order)
 
 
 def test_what_reasoning_gives_is_compared_with_what_records_can_name(cache):
@@ -127,6 +133,30 @@ def test_those_that_a_card_promises_most_of_come_first(on_card, monkeypatch):
     assert len(given) > MOST + 1
     assert len(compilers.compiled) <= MOST + compilers.ready  # no more than that is compiled
     assert {(arch, limit) for arch, _, limit in compilers.asked} == {("sm_90", 227 * 1024)}
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [
+        dataclasses.replace(CELL, M=16, N=14336, K=4096, nnz=1792),
+        conv_cell(images=32, size=(56, 56)),
+    ],
+    ids=["few rows", "few channels"],
+)
+def test_of_tiles_that_memory_bounds_alike_those_whose_programs_end_first_are_compared(
+    cell, on_card
+):
+    """They were those that are listed first, whatever they read of the caches."""
+    device = on_card()
+    given = others_than(analytic(cell).candidate, UNPACK, cell=cell, device=device)
+    found = promising(cell, device, analytic(cell).candidate).candidates[1:]
+    told = [prediction(card("H200"), cell, c.tile) for c in by_model("H200", given, cell)]
+    least = told[0].seconds
+    alike = [p for p in told if p.seconds == least]
+    assert len(alike) > 4
+    assert len({p.programs for p in alike}) > 1
+    tiles = [prediction(card("H200"), cell, c.tile) for c in found if c != UNPACK]
+    assert [p.programs for p in tiles[: len(alike)]] == sorted(p.programs for p in alike)[:MOST]
 
 
 def test_without_compilers_the_order_is_the_models_all_the_same(on_card):
@@ -197,8 +227,7 @@ def test_of_a_card_without_figures_only_what_is_refused_is_left_out(on_card, mon
 def test_tiles_of_a_convolution_are_pruned_and_ordered_as_well(op, on_card, monkeypatch):
     device, cell = on_card(), conv_cell(op.split()[1], channels=(128, 256), block=(128, 128))
     given = others_than(analytic(cell).candidate, cell=cell, device=device)
-    order = sorted(given, key=lambda c: 0.0 if c == UNPACK else expected(card("H200"), cell, c)[0])
-    order = [c for c in order if c != UNPACK]
+    order = [c for c in by_model("H200", given, cell) if c != UNPACK]
     assert len({expected(card("H200"), cell, c)[0] for c in order}) > len(order) // 3
     bad = {c.name for c in order[1::4]}
     compilers = Fake(monkeypatch, lambda c: "8 bytes spilled" if c.name in bad else None)

@@ -148,6 +148,16 @@ def test_what_a_cache_does_not_hold_is_read_again():
     assert again > held
 
 
+def test_what_programs_take_is_told_where_memory_bounds():
+    cell = product(512, 2048, 256, 64, 0.5)
+    found = roofline.predict(TOY, cell, BsrTile(64, 64, 32, 4, 4))
+    assert found.bound == "memory"
+    fast = dataclasses.replace(TOY, bandwidth_gbs=1e9)
+    same = roofline.predict(fast, cell, BsrTile(64, 64, 32, 4, 4))
+    assert found.programs == same.programs == pytest.approx(same.seconds - 2e-6)
+    assert found.programs < found.seconds
+
+
 def test_pairs_are_not_predicted():
     with pytest.raises(ValueError, match="pairs of rows"):
         roofline.predict(H100, product(64, 4096, 4096, 64), BsrTile(128, 64, 32, 4, 8, "pairs"))
