@@ -48,7 +48,7 @@ from .tables import format_table, print_text, terminal_width
 
 _OK, _INTERRUPTED = 0, 130
 _DTYPE = "bfloat16"
-_NO_SIZE = "a file says no image size, and a table of a card holds no convolution"
+_NO_SIZE = "a file says no image size, on which the choice for a convolution depends"
 
 # options that mean nothing where something is timed
 ALONE = {"out": "only --card writes a table", "target": "it is of --blocks"}

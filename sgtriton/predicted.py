@@ -136,7 +136,7 @@ def predict_cells(
 
     Args:
         card_name: one of :data:`.CARD_NAMES`.
-        cells: the products, as :class:`.Cell` of Triton's kernels.
+        cells: the products, as :class:`.Cell` or :class:`.ConvCell` of Triton's kernels.
         seconds: to spend, at the most; products that are not reached are left out, and so is one
             of whose candidates some are not.
         progress: called with how many are done, how many there are, and the next one.
@@ -151,7 +151,7 @@ def predict_cells(
     try:
         with Compilers() as compilers:
             for done, cell in enumerate(work):
-                label = f"M {cell.M}, weight {cell.N}x{cell.K}"
+                label = f"M {cell.M}, weight {cell.weight}"
                 if (which := pass_of(cell.op)) != "fwd":
                     label += f", {which}"
                 if progress is not None:

@@ -76,7 +76,7 @@ def test_layers_of_a_file_are_ranked(ranked, tmp_path, capsys):
     assert main([*arguments, "--rows", "5,16,16"]) == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "left out: conv (convolutions); single (a gate for each weight)" in text
-    assert "a file says no image size, and a table of a card holds no convolution" in text
+    assert "a file says no image size, on which the choice for a convolution depends" in text
     assert "layer pass M N, K" in text
     assert "blocks fwd 5 48, 64 16x16" in text
     table = json.loads(out.read_text())
