@@ -1,11 +1,11 @@
 """What a card should do with a block-sparse convolution, on paper: *predicted, not measured*.
 
-A convolution is a product of pixels with a matrix: N output channels, and K input channels times
-taps. What takes time is what :mod:`.roofline` says of such a product, of ``M`` pixels, and:
+A convolution is a product of ``M`` pixels with a matrix: N output channels, and K input channels
+times taps. :mod:`.roofline` says what takes time in such a product; of a convolution it is:
 
-- *ideal*: dense or sparse, each pixel of the result is multiplied with each weight, of a pass
-  forward or backward. Memory is asked once for the pixels of ``x`` that taps meet, for those of the
-  result, and for the weight: for ``x``, not for ``x`` as often as there are taps.
+- *ideal*: in every pass each pixel of the result meets each weight once, of the sparse layer each
+  that is stored. Memory is asked once for the weight, the result and the pixels of ``x`` that taps
+  meet: for ``x``, not for ``x`` as often as there are taps.
 - *shared-memory fill*: a program reads ``x`` anew for each tap of a block, from the second-level
   cache, where programs of the same pixels have it.
 - *memory*: an ``x`` that the last cache does not hold is read again, once for all programs in
@@ -13,9 +13,9 @@ taps. What takes time is what :mod:`.roofline` says of such a product, of ``M`` 
 - *dx*: a program gathers for each pixel of ``x``, blocks of all taps in one list. With a stride it
   multiplies pixels that no output met, as zeros, which the ideal does not. Before it, the index is
   sorted by input channels: :data:`SORTING` small kernels, each with a start.
-- *dvalues*: blocks are handed out tap by tap, so that ``x`` is read again for each tap and ``dy``
-  for those in flight. Programs that share the pixels are in flight together. Their sums are added
-  in fp32, then rounded: two more kernels.
+- *dvalues*: blocks are handed out tap by tap, so that ``x`` is read again for each tap, and the
+  gradient of the result for those in flight. Programs that share the pixels are in flight
+  together. Their sums are added in fp32, then rounded: two more kernels.
 - Images whose channels do not lie side by side are copied before, at the memory's speed.
 
 The dense convolution, and the one whose weight is filled in first, are taken at the ideal of direct
