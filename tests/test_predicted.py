@@ -449,11 +449,11 @@ def test_a_reader_sees_each_product_and_whether_reasoning_is_followed():
 
 @pytest.mark.compiles
 def test_a_convolution_is_compiled_and_ranked_for_a_card_that_is_absent(folder, on_card):
-    cell, seen = conv_cell(channels=(64, 64), size=(8, 8), block=(64, 64)), []
+    cell, seen = conv_cell(channels=(32, 32), size=(4, 4), images=2, block=(16, 16)), []
     (found,) = predict_cells("H200", [cell], progress=lambda *a: seen.append(a))
     assert found.cell == cell
     assert found.best.candidate in (analytic(cell).candidate, *candidates(cell))
-    assert seen[0][2] == "M 512, weight 64x64x3x3"
+    assert seen[0][2] == "M 32, weight 32x32x3x3"
     assert choose(cell, torch.device("cuda")).source == "analytic"
     other = next(c for c in candidates(cell) if c != analytic(cell).candidate)
     ship(folder, "H200", of(2.0, cell, other))
