@@ -11,8 +11,7 @@ times taps. :mod:`.roofline` says what takes time in such a product; of a convol
 - *memory*: an ``x`` that the last cache does not hold is read again, once for all programs in
   flight, which need more of it than a block of a linear product would: any tap of a block.
 - *dx*: a program gathers for each pixel of ``x``, blocks of all taps in one list. With a stride it
-  multiplies pixels that no output met, as zeros, which the ideal does not. Before it, the index is
-  sorted by input channels: :data:`SORTING` small kernels, each with a start.
+  multiplies pixels that no output met, as zeros, which the ideal does not.
 - *dvalues*: blocks are handed out tap by tap, so that ``x`` is read again for each tap, and the
   gradient of the result for those in flight. Programs that share the pixels are in flight
   together. Their sums are added in fp32, then rounded: two more kernels.
@@ -48,8 +47,6 @@ from .roofline import (
 )
 from .schedule import Programs, programs_of
 
-SORTING = 15  # kernels that put the index in the order of dx
-
 
 def ideal_seconds(card: Card, cell: ConvCell, density: float | None = None) -> float:
     """The least time of a pass.
@@ -77,15 +74,12 @@ def unpack_seconds(card: Card, cell: ConvCell) -> float:
     """The library's convolution with a weight that is filled in first.
 
     Zeros are written, blocks read and written over them, and the matrix is laid out as a weight:
-    three more kernels, whose bytes go through memory.
-
-    Raises:
-        ValueError: of the gradient of the values.
+    three more kernels, whose bytes go through memory. Of the gradient of the values the dense one
+    is laid out as a matrix, and blocks are read and written: by two.
     """
-    if cell.op == "bsr_conv dvalues":
-        raise ValueError("the gradient of the values multiplies no weight: there is none to unpack")
-    moved = (3 + 2 * cell.density) * _weights(cell) * cell.dtype.itemsize + INDEX * cell.nnz
-    return moved / (card.bandwidth_gbs * 1e9) + 3 * START + dense_seconds(card, cell)
+    whole, kernels = (2, 2) if cell.op == "bsr_conv dvalues" else (3, 3)
+    moved = (whole + 2 * cell.density) * _weights(cell) * cell.dtype.itemsize + INDEX * cell.nnz
+    return moved / (card.bandwidth_gbs * 1e9) + kernels * START + dense_seconds(card, cell)
 
 
 def predict(card: Card, cell: ConvCell, tile: BsrTile | None = None) -> Prediction:
@@ -105,8 +99,6 @@ def predict(card: Card, cell: ConvCell, tile: BsrTile | None = None) -> Predicti
         values = cell.nnz * bn * bk
         starts += 2
         sums = sums_seconds(card, tile.split * values) + sums_seconds(card, values)
-    if which == "dx":
-        starts += SORTING
     if not cell.channels_last:
         x, out = _images(cell)
         read = {"fwd": (x,), "dx": (out,), "dvalues": (x, out)}[which]

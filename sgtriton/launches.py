@@ -16,6 +16,7 @@ from unittest import mock
 import torch
 from sgtriton_kernels import bsr_conv_product, bsr_product, gated_product
 from sgtriton_kernels.blocks import gate_layout
+from sgtriton_kernels.conv_blocks import ChannelLists
 from sgtriton_kernels.conv_geometry import ConvGeometry
 from sgtriton_kernels.gate_bits import OpenBlocks
 from sgtriton_kernels.tiles import BsrTile, GatedTile
@@ -166,7 +167,7 @@ def bsr_conv_launches(
         found = empty(images, channels, *size, dtype=dtype)
         return found.contiguous(memory_format=torch.channels_last) if last else found
 
-    rows, _ = geometry.blocks(block)
+    rows, cols = geometry.blocks(block)
     of_x = geometry.in_channels, size
     of_out = geometry.out_channels, geometry.out_size(size)
     x, dx = batch(*of_x), batch(*of_x, channels_last)
@@ -174,13 +175,14 @@ def bsr_conv_launches(
     values, bias = empty(nnz, *block, dtype=dtype), empty(geometry.out_channels, dtype=dtype)
     index = functools.partial(empty, dtype=torch.int32)
     crow, order = index(geometry.groups * rows + 1), index(geometry.groups * rows)
+    starts = index(geometry.groups * cols + 1)
     col, row, perm = index(nnz + 1), index(nnz + 1), index(nnz)
     run = {
         "fwd": lambda: bsr_conv_product.bsr_conv_fwd(
             x, values, crow, col, order, bias, geometry, "gelu", out, tile
         ),
         "dx": lambda: bsr_conv_product.bsr_conv_dx(
-            dout, values, col, row, perm, geometry, dx, tile
+            dout, values, ChannelLists(starts, row, perm), geometry, dx, tile
         ),
         "dvalues": lambda: bsr_conv_product.bsr_conv_dvalues(
             dout, x, row, col, perm, geometry, values, tile

@@ -32,7 +32,9 @@ from sgtriton_kernels.blocks import (
 )
 from sgtriton_kernels.bsr import BlockSparse
 from sgtriton_kernels.bsr_conv import bsr_conv1d, bsr_conv2d, bsr_conv2d_ref
+from sgtriton_kernels.bsr_conv_passes import conv_blocks
 from sgtriton_kernels.candidate import Candidate
+from sgtriton_kernels.conv_blocks import ChannelLists, ConvBlocks
 from sgtriton_kernels.conv_choice import conv_cell_of
 from sgtriton_kernels.conv_geometry import ConvGeometry
 from sgtriton_kernels.lookup import analytic, forget
@@ -460,7 +462,7 @@ def test_torch_implementation_works_in_bounded_pieces(device, monkeypatch):
     dout = integers(5, 24, 5, 6, device=device)
     w, x = case.w, case.x
     geometry = ConvGeometry(20, 24, (3, 3), before=(1, 1), after=(1, 1))
-    blocks = bsr_conv_torch.ConvBlocks(w.crow, w.col, w.block, geometry)
+    blocks = ConvBlocks(w.crow, w.col, w.block, geometry)
     for way, elements in (("loop", 100), ("batches", 1)):
         by = Candidate(way, way=way, elements=elements)
         out = bsr_conv_torch.bsr_conv_torch(x, w.values, blocks, case.bias, "none", by)
@@ -698,7 +700,9 @@ def test_offsets_of_pixels_beyond_32_bits(axis, far_memory):
         far_x, w.values, w.crow, w.col, w.row_order, case.bias, geometry, "none", out, TILE
     )
     assert_exact("out", out, case.torch_out())
-    bsr_conv_product.bsr_conv_dx(far_dout, w.values, w.col, w.row, w.perm, geometry, dx, TILE)
+    bsr_conv_product.bsr_conv_dx(
+        far_dout, w.values, conv_blocks(w, geometry).by_channels, geometry, dx, TILE
+    )
     bsr_conv_product.bsr_conv_dvalues(
         far_dout, far_x, w.row, w.col, w.perm, geometry, dvalues, TILE
     )
@@ -722,7 +726,8 @@ def test_offsets_of_values_beyond_32_bits(far_memory, monkeypatch):
         case.x, values, crow, col, row, case.bias, geometry, "none", out.fill_(float("nan")), TILE
     )
     assert_exact("out", out, exact)
-    bsr_conv_product.bsr_conv_dx(dout, values, col, row, perm, geometry, dx, TILE)
+    lists = ChannelLists(torch.tensor([0, 1]).int(), row, perm)
+    bsr_conv_product.bsr_conv_dx(dout, values, lists, geometry, dx, TILE)
     assert_exact("dx", dx, exact_dx)
     first = some_programs(bsr_conv_product._bsr_conv_dvalues_kernel, 1)
     monkeypatch.setattr(bsr_conv_product, "_bsr_conv_dvalues_kernel", first)
@@ -750,9 +755,9 @@ def test_offsets_of_results_beyond_32_bits(memory_format, far_memory, monkeypatc
     )  # fmt: skip
     assert_exact("out", result[:, -16:], case.torch_out() - case.bias[:, None, None])
     dout = integers(2, 16, 2, 4)
-    bsr_conv_product.bsr_conv_dx(
-        dout, w.values, w.col, w.row, w.perm, ConvGeometry(channels, 16, (1, 1)), result, TILE
-    )
+    of_all = ConvGeometry(channels, 16, (1, 1))
+    lists = ConvBlocks(w.crow, w.col, w.block, of_all).by_channels
+    bsr_conv_product.bsr_conv_dx(dout, w.values, lists, of_all, result, TILE)
     assert_exact("dx", result[:, :16], case.torch_grads(dout)[0])
 
 
@@ -830,7 +835,7 @@ def test_backward_waited_for_the_device_to_see_infinities(device, monkeypatch):
     asked.clear()
     elsewhere = type("", (torch.Tensor,), {"is_cpu": False})
     w = case.w
-    blocks = bsr_conv_torch.ConvBlocks(
+    blocks = ConvBlocks(
         w.crow, w.col, w.block, ConvGeometry(20, 24, (3, 3), (1, 1), (1, 1), (1, 1))
     )
     x = case.x.as_subclass(elsewhere)

@@ -10,7 +10,6 @@ from ._autocast import without_autocast
 from .bsr import BlockSparse
 from .bsr_conv_product import bsr_conv_dvalues, bsr_conv_dx, bsr_conv_fwd
 from .bsr_conv_torch import (
-    ConvBlocks,
     bsr_conv_bwd_torch,
     bsr_conv_torch,
     conv_dense,
@@ -18,6 +17,7 @@ from .bsr_conv_torch import (
     result_format,
 )
 from .candidate import Candidate
+from .conv_blocks import ConvBlocks
 from .conv_geometry import ConvGeometry
 
 # The kernels count the pixels of an image in 32 bits, those of a tile that begins in it included.
@@ -126,7 +126,7 @@ def conv_bwd(
         dx = None if dx is None else dx.contiguous(memory_format=result_format(x))
     if by_dx is not None and by_dx.tile is not None:
         dx = torch.empty_like(x, memory_format=result_format(x))
-        bsr_conv_dx(dout, values, w.col, w.row, w.perm, geometry, dx, by_dx.tile)
+        bsr_conv_dx(dout, values, conv_blocks(w, geometry).by_channels, geometry, dx, by_dx.tile)
     if by_dvalues is not None and by_dvalues.tile is not None:
         dvalues = torch.empty_like(values)
         bsr_conv_dvalues(dout, x, w.row, w.col, w.perm, geometry, dvalues, by_dvalues.tile)

@@ -15,6 +15,7 @@ import torch
 from ._bf16 import rounded, soft_bf16
 from ._triton import device_of, dot_precision, launch_options, tl, triton
 from .activations import activate
+from .conv_blocks import ChannelLists
 from .conv_geometry import ConvGeometry, Pair
 from .tiles import BsrTile
 
@@ -80,9 +81,7 @@ def bsr_conv_fwd(
 def bsr_conv_dx(
     dout: torch.Tensor,
     values: torch.Tensor,
-    col: torch.Tensor,
-    row: torch.Tensor,
-    perm: torch.Tensor,
+    lists: ChannelLists,
     geometry: ConvGeometry,
     dx: torch.Tensor,
     tile: BsrTile,
@@ -93,7 +92,7 @@ def bsr_conv_dx(
         dout: ``[B, O, H', W']`` fp32 | fp16 | bf16, any strides; copied unless channels lie side
             by side.
         values: ``[nnz, bn, bk]``, dtype of ``dout``, contiguous; sides are powers of two >= 16.
-        col, row, perm: ``[nnz + 1]``, ``[nnz + 1]``, ``[nnz]`` int32, of :class:`.BlockSparse`.
+        lists: of the blocks, by input channels.
         geometry: of the convolution.
         dx: ``[B, C, H, W]``, dtype of ``dout``, contiguous or channels-last.
         tile: what one program computes.
@@ -105,13 +104,12 @@ def bsr_conv_dx(
     rows, cols = geometry.blocks((bn, bk))
     block_n, block_k = min(tile.BLOCK_N, bn), min(tile.BLOCK_K, bk)
     pixels = images * size[0] * size[1]
-    starts, meets, which = _by_channels(col, row, perm, geometry, rows, cols)
     grid = (triton.cdiv(pixels, tile.BLOCK_M) * geometry.groups * cols * (bk // block_k),)
     with device_of(dx):
         _bsr_conv_dx_kernel[grid](
             dout,
             values,
-            starts, meets, which,
+            *lists,
             dx,
             pixels, *size, *_size(dout),
             geometry.in_per_group, geometry.out_per_group, geometry.in_channels, rows, cols,
@@ -183,32 +181,6 @@ def bsr_conv_dvalues(
         )  # fmt: skip
     if split > 1:
         dvalues.copy_(sums.sum(0))
-
-
-def _by_channels(
-    col: torch.Tensor,
-    row: torch.Tensor,
-    perm: torch.Tensor,
-    geometry: ConvGeometry,
-    rows: int,
-    cols: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The blocks of each block of input channels of a group, whatever their tap.
-
-    Returns:
-        ``[groups * cols + 1]``: where each list starts; ``[nnz + 1]``: ``block row * taps + tap``;
-        ``[nnz]``: index into the values; int32.
-    """
-    nnz = len(perm)
-    row, column = row[:nnz], col[perm]
-    target = row // rows * cols + column % cols
-    order = torch.argsort(target, stable=True)
-    lists = torch.arange(geometry.groups * cols + 1, dtype=torch.int32, device=row.device)
-    # counted without bincount, which would wait for the device
-    starts = torch.searchsorted(target[order], lists, out_int32=True)
-    meets = (row * geometry.taps + column // cols)[order]
-    meets = torch.nn.functional.pad(meets, (0, 1))
-    return starts, meets, perm[order]
 
 
 def _channels_last(t: torch.Tensor) -> torch.Tensor:

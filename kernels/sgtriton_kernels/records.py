@@ -212,8 +212,14 @@ _SOURCES = {
         "bsr_conv_passes.py",
         "bsr_conv_product.py",
         "bsr_conv_torch.py",
+        "conv_blocks.py",
     ),
-    ("bsr_conv", "torch"): ("_scratch.py", "bsr_conv_passes.py", "bsr_conv_torch.py"),
+    ("bsr_conv", "torch"): (
+        "_scratch.py",
+        "bsr_conv_passes.py",
+        "bsr_conv_torch.py",
+        "conv_blocks.py",
+    ),
 }
 
 
