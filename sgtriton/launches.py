@@ -99,8 +99,9 @@ def bsr_linear_launches(
     nnz: int,
     tile: BsrTile,
     aligned: bool = True,
+    plain: bool = False,
 ) -> list[Launch]:
-    """The launches of a pass of ``bsr_linear``; of forward with all that it can add.
+    """The launches of a pass of ``bsr_linear``.
 
     Args:
         which: ``"fwd"`` | ``"dx"`` | ``"dvalues"``.
@@ -111,12 +112,14 @@ def bsr_linear_launches(
         tile: what one program computes.
         aligned: ``False`` for rows that lie so that they cannot be read in wide pieces. Sizes that
             16 does not divide cannot be either way.
+        plain: whether forward multiplies only; else it adds all that it can.
     """
     rows, cols = -(-N // block[0]), -(-K // block[1])
     apart = 0 if aligned else 1  # elements between the rows of an operand
     x2 = empty(M, K + apart, dtype=dtype)[:, :K]
     dy2 = empty(M, N + apart, dtype=dtype)[:, :N]
-    values, bias = empty(nnz, *block, dtype=dtype), empty(N, dtype=dtype)
+    values = empty(nnz, *block, dtype=dtype)
+    added, activation = ((None, None), "none") if plain else ((empty(N, dtype=dtype), dy2), "gelu")
     index = functools.partial(empty, dtype=torch.int32)
     crow, ccol, order = index(rows + 1), index(cols + 1), index(rows)
     col, row, perm = index(nnz + 1), index(nnz + 1), index(nnz)
@@ -125,10 +128,10 @@ def bsr_linear_launches(
     )
     run = {
         "pairs": lambda: bsr_product.bsr_linear_fwd_pairs(
-            x2, values, pairs, bias, dy2, N, "gelu", tile
+            x2, values, pairs, *added, N, activation, tile
         ),
         "fwd": lambda: bsr_product.bsr_linear_fwd(
-            x2, values, crow, col, order, bias, dy2, N, "gelu", tile
+            x2, values, crow, col, order, *added, N, activation, tile
         ),
         "dx": lambda: bsr_product.bsr_linear_dx(dy2, values, ccol, row, perm, K, tile),
         "dvalues": lambda: bsr_product.bsr_linear_dvalues(dy2, x2, values, row, col, perm, tile),
@@ -146,6 +149,7 @@ def bsr_conv_launches(
     nnz: int,
     tile: BsrTile,
     channels_last: bool = True,
+    plain: bool = False,
 ) -> list[Launch]:
     """The launches of a pass of ``bsr_conv2d``; of forward with all that it can add.
 
@@ -161,6 +165,7 @@ def bsr_conv_launches(
         tile: what one program computes.
         channels_last: whether the channels of the result lie side by side; those of what is read
             always do, if need be of a copy.
+        plain: whether forward multiplies only; else it adds all that it can.
     """
 
     def batch(channels: int, size: tuple[int, int], last: bool = True) -> torch.Tensor:
@@ -172,14 +177,17 @@ def bsr_conv_launches(
     of_out = geometry.out_channels, geometry.out_size(size)
     x, dx = batch(*of_x), batch(*of_x, channels_last)
     dout, out = batch(*of_out), batch(*of_out, channels_last)
-    values, bias = empty(nnz, *block, dtype=dtype), empty(geometry.out_channels, dtype=dtype)
+    values = empty(nnz, *block, dtype=dtype)
+    bias, activation = empty(geometry.out_channels, dtype=dtype), "gelu"
+    if plain:
+        bias, activation = None, "none"
     index = functools.partial(empty, dtype=torch.int32)
     crow, order = index(geometry.groups * rows + 1), index(geometry.groups * rows)
     starts = index(geometry.groups * cols + 1)
     col, row, perm = index(nnz + 1), index(nnz + 1), index(nnz)
     run = {
         "fwd": lambda: bsr_conv_product.bsr_conv_fwd(
-            x, values, crow, col, order, bias, geometry, "gelu", out, tile
+            x, values, crow, col, order, bias, geometry, activation, out, tile
         ),
         "dx": lambda: bsr_conv_product.bsr_conv_dx(
             dout, values, ChannelLists(starts, row, perm), geometry, dx, tile

@@ -117,6 +117,7 @@ def faults(
     compilers: Compilers | None = None,
     deadline: float | None = None,
     on_built: Callable[[int, int], object] | None = None,
+    ahead: bool = False,
 ) -> list[str | None]:
     """Why candidates should not run on cards of an architecture, as the compiler has it.
 
@@ -128,6 +129,8 @@ def faults(
         shared_limit: bytes of shared memory that a program can have; the architecture's if
             ``None``.
         cell, candidates, compilers, deadline, on_built: as for :func:`rank`.
+        ahead: whether what a search calls, forward that multiplies only, is compiled as well as
+            forward with all that it can add; the search then finds it in Triton's cache.
 
     Returns:
         Of each the reason in words; ``None`` where there is none, or no kernel.
@@ -138,9 +141,13 @@ def faults(
     if arch not in SHARED_LIMITS:
         raise ValueError(f"arch must be one of {', '.join(SHARED_LIMITS)}; got {arch!r}")
     limit = SHARED_LIMITS[arch] if shared_limit is None else shared_limit
-    launches: list[list[Launch]] = [
-        [] if c.tile is None else _launches(arch, cell, c.tile) for c in candidates
-    ]
+    launches: list[list[Launch]] = []
+    for tile in (candidate.tile for candidate in candidates):
+        some = [] if tile is None else _launches(arch, cell, tile)
+        if tile is not None and ahead:
+            called = _launches(arch, cell, tile, plain=True)
+            some += [launch for launch in called if launch not in some]
+        launches.append(some)
     work = [(arch, launch) for some in launches for launch in some]
     if compilers is None:
         with Compilers() as compilers:
@@ -159,7 +166,7 @@ def _check_op(cell: Cell) -> None:
         )
 
 
-def _launches(arch: str, cell: Cell, tile: BsrTile) -> list[Launch]:
+def _launches(arch: str, cell: Cell, tile: BsrTile, plain: bool = False) -> list[Launch]:
     """What a candidate launches on a card of that architecture."""
     if arch not in COPY_ENGINES:
         tile = replace(tile, bulk=False)
@@ -167,12 +174,13 @@ def _launches(arch: str, cell: Cell, tile: BsrTile) -> list[Launch]:
     if isinstance(cell, ConvCell):
         launches = bsr_conv_launches(
             which, cell.dtype, cell.block, cell.geometry, cell.images, cell.size, cell.nnz, tile,
-            cell.channels_last,
+            cell.channels_last, plain,
         )  # fmt: skip
     else:
         launches = bsr_linear_launches(
-            which, cell.dtype, cell.block, cell.M, cell.N, cell.K, cell.nnz, tile, cell.aligned
-        )
+            which, cell.dtype, cell.block, cell.M, cell.N, cell.K, cell.nnz, tile, cell.aligned,
+            plain,
+        )  # fmt: skip
     return [
         replace(launch, constexprs=launch.constexprs | {"PRECISION": cell.precision})
         if "PRECISION" in launch.constexprs

@@ -118,7 +118,8 @@ def promising(
         if compilers is None or not (together := compilers.ready):
             break
         part, given = given[:together], given[together:]
-        reasons = faults(arch, cell, part, limit, compilers, begin + _HARD * seconds)
+        until = begin + _HARD * seconds
+        reasons = faults(arch, cell, part, limit, compilers, until, ahead=True)
         for candidate, reason in zip(part, reasons, strict=True):
             if reason is None:
                 kept.append(candidate)

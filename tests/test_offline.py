@@ -1,10 +1,12 @@
 """Ranking for a card that is absent."""
 
 import dataclasses
+import functools
 
 import pytest
 import torch
 from conv_layers import conv_cell
+from sgtriton_kernels import BlockSparse
 from sgtriton_kernels.candidate import UNPACK, Candidate
 from sgtriton_kernels.candidates import candidates
 from sgtriton_kernels.cards import card
@@ -12,8 +14,10 @@ from sgtriton_kernels.cell import Cell
 from sgtriton_kernels.shared_memory import bytes_of
 from sgtriton_kernels.tiles import BsrTile
 
-from sgtriton import conv_roofline, offline, roofline
+from sgtriton import conv_roofline, launches, offline, roofline
+from sgtriton.bsr_problem import BsrLinearProblem
 from sgtriton.compilers import NO_TIME, Built, Compilers
+from sgtriton.conv_problem import ConvProblem
 from sgtriton.cross_compile import COPY_ENGINES
 from sgtriton.launches import Launch
 from sgtriton.offline import faults, rank
@@ -152,6 +156,54 @@ def test_planted_candidates_of_a_convolution_are_dropped_with_their_reasons(comp
     assert found["one_warp"].endswith(" bytes spilled")
     assert found["deep"].endswith(f"a program can have {99 * 1024}")
     assert found["thin"] == "tiles get 0 buffers, 3 stages take 2"
+
+
+@pytest.mark.compiles
+@pytest.mark.parametrize("op", ["fwd", "dx", "dvalues"])
+def test_what_is_compiled_ahead_is_what_a_search_calls(op, monkeypatch):
+    """Forward was compiled with all that it can add, which a search leaves out: all in vain."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    tile, random = BsrTile(32, 64, 32, 3, 4), torch.Generator().manual_seed(0)
+    candidate = Candidate(tile.name, tile)
+    conv = conv_cell(op, channels=(64, 64), block=(32, 32))
+    linear = dataclasses.replace(CELL, op=f"bsr_linear {op}", block=(32, 32), nnz=9)
+    for cell, kind in ((conv, ConvProblem), (linear, BsrLinearProblem)):
+        grid = torch.zeros(cell.block_rows * cell.block_cols, dtype=torch.bool)
+        grid[: cell.nnz] = True
+        weight = torch.zeros(cell.N, cell.K, dtype=cell.dtype)
+        is_open = grid.view(cell.block_rows, cell.block_cols)
+        problem = kind(cell, BlockSparse.from_dense(weight, cell.block, is_open), random)
+        given = [v.to("meta") if hasattr(v, "to") else v for v in problem.inputs()]
+        ahead = offline._launches("sm_80", cell, tile, plain=True)
+        if cell is linear and op == "fwd":  # of meta tensors the op asks for nothing
+            flags = ahead[0].constexprs
+            added = flags["HAS_BIAS"], flags["HAS_RESIDUAL"], flags["ACTIVATION"]
+            assert added == (False, False, "none")
+            continue
+        called = launches.launches_of(functools.partial(problem.compute, candidate, *given))
+        assert called == ahead != []
+
+
+def test_what_a_search_calls_is_compiled_beside_what_a_layer_may(monkeypatch):
+    built = []
+
+    class Compilers:
+        def build(self, work, deadline, on_built):
+            built.extend(launch for _, launch in work)
+            spills = [8 * (launch.constexprs["ACTIVATION"] == "gelu") for launch in built]
+            return [Built(99, 0, n, "wgmma", (3, 3)) for n in spills]
+
+    monkeypatch.setattr(offline, "why_not", lambda: None)
+    monkeypatch.setattr(offline, "_launches", lambda arch, cell, tile, plain=False: [
+        Launch("", "", {}, {"ACTIVATION": "none" if plain else "gelu"}, 4, 3)
+    ])  # fmt: skip
+    for ahead, kinds in ((False, ["gelu"]), (True, ["gelu", "none"])):
+        built.clear()
+        # what only a layer's bias and activation spill is refused as well
+        assert faults("sm_90", CELL, tiles(GOOD), None, Compilers(), ahead=ahead) == [
+            "8 bytes spilled"
+        ]
+        assert [launch.constexprs["ACTIVATION"] for launch in built] == kinds
 
 
 @pytest.mark.compiles
