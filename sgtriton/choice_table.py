@@ -10,6 +10,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -97,17 +98,32 @@ def _neighbours(key: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     return (dict(key) | {"rows": rows} for rows in (key["rows"] // 2, 2 * key["rows"]))
 
 
-def products_held(path: Path, name: str) -> int:
-    """How many products the predicted table of a card that a file holds was ranked for.
+def entry_of(key: Mapping[str, Any]) -> str:
+    """Which entries of a table a key has: those of even and of uneven patterns."""
+    return key_text(dict(key) | {"balance": ""})
 
-    Returns:
-        0 where there is no file.
+
+@dataclass(frozen=True)
+class Held:
+    """What the predicted table of a file is of.
+
+    Args:
+        products: how many were ranked for it.
+        entries: :func:`entry_of` its keys; products that reasoning serves best may have none.
+    """
+
+    products: int = 0
+    entries: frozenset[str] = frozenset()
+
+
+def products_held(path: Path, name: str) -> Held:
+    """What the predicted table of a card that a file holds was ranked for; nothing without a file.
 
     Raises:
         ValueError: the file holds something else, which nobody wants to lose.
     """
     if not os.path.lexists(path):
-        return 0
+        return Held()
     table = read_json(path, _MOST_BYTES)
     if not isinstance(table, dict) or not isinstance(table.get("entries"), list):
         raise ValueError(f"out must be a new file or a table of choices, got {str(path)!r}")
@@ -117,7 +133,8 @@ def products_held(path: Path, name: str) -> int:
             f"out must be a new file or a predicted table of {name}, got {str(path)!r}, which is "
             f"the table of {is_of[0]!r}, {is_of[1]!r}"
         )
-    return ranked
+    keys = [entry.get("key") for entry in table["entries"] if isinstance(entry, dict)]
+    return Held(ranked, frozenset(entry_of(key) for key in keys if isinstance(key, dict)))
 
 
 def write_table(path: Path, table: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ from sgtriton_kernels.cell import Cell
 from sgtriton_kernels.lookup import BELIEVED
 
 from .block_choice import BLOCKS, BlockChoice, choose_block, where_of
-from .choice_table import file_name, products_held, write_table
+from .choice_table import Held, entry_of, file_name, products_held, write_table
 from .file_products import file_products
 from .options import (
     BLOCK,
@@ -34,7 +34,6 @@ from .predicted import (
     Predicted,
     PredictInterrupted,
     cells_of,
-    entry_of,
     open_at_random,
     pass_of,
     passes,
@@ -63,7 +62,12 @@ def add_arguments(group: argparse._ArgumentGroup) -> None:
         "predicted, of --shapes, of a --checkpoint, or else of usual layers; one of "
         f"{', '.join(CARD_NAMES)}, in short if that is clear (h100); with --blocks cpu, too",
     )
-    group.add_argument("--out", metavar="FILE", help="of --card; default: its name with .json")
+    group.add_argument(
+        "--out",
+        metavar="FILE",
+        help="of --card; calls on that card take the tables that lie in the folder configs of "
+        "sgtriton_kernels; default: its name with .json",
+    )
     group.add_argument(
         "--blocks",
         action="store_true",
@@ -77,10 +81,10 @@ def run(arguments: argparse.Namespace, seconds: float) -> int:
     asked = "blocks" if arguments.blocks else "card"
     refuse(arguments, asked, dict.fromkeys(("explain", "again"), "nothing is timed"))
     if arguments.blocks:
-        refuse(arguments, asked, dict.fromkeys(("checkpoint", "rows", "device"), "give --shapes"))
-        refuse(arguments, asked, {"train": "it is asked of forward"})
+        refuse(arguments, asked, dict.fromkeys(("checkpoint", "rows"), "give --shapes"))
+        refuse(arguments, asked, {"train": "it is asked of forward", "device": "--card names it"})
         return _blocks(arguments, where_of(arguments.card, torch.device("cpu")))
-    refuse(arguments, "card", {"target": ALONE["target"], "device": "it is the device"})
+    refuse(arguments, "card", {"target": ALONE["target"], "device": "it names the device"})
     return _table(arguments, named_card(arguments.card), seconds)
 
 
@@ -95,7 +99,7 @@ def _table(arguments: argparse.Namespace, where: str, seconds: float) -> int:
     if not out.parent.is_dir() or out.is_dir():
         raise ValueError(f"out must be a file in a folder that exists, got {str(out)!r}")
     held = products_held(out, where)
-    _check_holds_no_more(out, held, len(cells))
+    _check_loses_nothing(out, held, cells)
     left_out: list[str] = []
     code = _OK
     with Progress(f"compile for {where}", len(cells)) as bar:
@@ -123,7 +127,7 @@ def _table(arguments: argparse.Namespace, where: str, seconds: float) -> int:
     if len(found) < len(cells) and code == _OK:
         print_text(f"{len(found)} of {len(cells)} products were ranked in {seconds:g} s")
     try:
-        _check_holds_no_more(out, held, len(found))
+        _check_loses_nothing(out, held, [product.cell for product in found])
     except ValueError as error:
         if code != _INTERRUPTED:
             raise
@@ -132,6 +136,7 @@ def _table(arguments: argparse.Namespace, where: str, seconds: float) -> int:
     write_table(out, table_of(where, found))
     gaining = sum(product.gain >= BELIEVED for product in found)
     print_text(f"wrote {out}: {gaining} of {len(found)} products gain {BELIEVED - 1:.0%} or more")
+    print_text("calls on that card take the tables that lie in sgtriton_kernels/configs")
     return code
 
 
@@ -143,12 +148,14 @@ def _skipped(found: Sequence[Predicted]) -> Iterator[str]:
         yield f"{name} is skipped{of_pass}: {why}"
 
 
-def _check_holds_no_more(out: Path, held: int, ranked: int) -> None:
-    """Raise ``ValueError`` where a table would be replaced by one of fewer products."""
-    if held > ranked:
+def _check_loses_nothing(out: Path, held: Held, ranked: Sequence[Cell]) -> None:
+    """Raise ``ValueError`` where a table would be replaced by one that lacks products of it."""
+    lost = held.entries - {entry_of(cell.key()) for cell in ranked}
+    if lost or held.products > len(ranked):
+        lacking = " and lack some of them" if lost else ""
         raise ValueError(
-            f"out must be another file: the table {str(out)!r} is of {held} products, these are "
-            f"{ranked}"
+            f"out must be another file: the table {str(out)!r} is of {held.products} products, "
+            f"these are {len(ranked)}{lacking}"
         )
 
 
@@ -173,8 +180,8 @@ def _cells(arguments: argparse.Namespace) -> tuple[list[Cell], dict[str, str], l
     layers: dict[str, list[str]] = {}
     for product in products:
         for cell in cells_of(product):
-            cells.setdefault(entry_of(cell), cell)
-            layers.setdefault(entry_of(cell), []).append(product.name)
+            cells.setdefault(entry_of(cell.key()), cell)
+            layers.setdefault(entry_of(cell.key()), []).append(product.name)
     names = {entry: ", ".join(dict.fromkeys(found)) for entry, found in layers.items()}
     return [*cells.values()], names, lines
 
@@ -239,7 +246,20 @@ def _blocks(arguments: argparse.Namespace, where: str) -> int:
         for (n, k), found in chosen.items()
     ]  # fmt: skip
     print(format_table(headers, rows, width=terminal_width()))
+    losing = [f"{n}, {k}" for (n, k), found in chosen.items() if _loses(found)]
+    notes = [f"{weight}: no block pays at {target:.0%}, dense is faster" for weight in losing]
+    if any(len(found.speedups) < len(BLOCKS) for found in chosen.values()):
+        notes.append("-: blocks too large for the weight")
+    if notes:
+        print()
+    for note in notes:
+        print_text(note)
     return _OK
+
+
+def _loses(found: BlockChoice) -> bool:
+    """Whether dense is faster than any block."""
+    return bool(found.speedups) and max(found.speedups.values()) < 1
 
 
 def _cell(found: BlockChoice, block: tuple[int, int]) -> str:

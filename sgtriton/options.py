@@ -123,4 +123,5 @@ def refuse(arguments: argparse.Namespace, given: str, others: Mapping[str, str])
     """
     for name, reason in others.items():
         if (value := getattr(arguments, name)) not in (None, False):
-            raise ValueError(f"{name} does not go with --{given}: {reason}; got {value!r}")
+            came = "" if value is True else f"; got {value!r}"
+            raise ValueError(f"{name} does not go with --{given}: {reason}{came}")

@@ -18,9 +18,8 @@ from sgtriton_kernels.candidates import candidates
 from sgtriton_kernels.cards import card
 from sgtriton_kernels.cell import OPS, Cell
 from sgtriton_kernels.lookup import BELIEVED, analytic
-from sgtriton_kernels.records import key_text
 
-from .choice_table import make_table, with_stops
+from .choice_table import entry_of, make_table, with_stops
 from .compilers import NO_TIME, Compilers
 from .cross_compile import COPY_ENGINES
 from .offline import Ranked, rank
@@ -120,11 +119,6 @@ def cells_of(product: Product) -> Iterator[Cell]:
         yield from passes(cell, product.trains)
 
 
-def entry_of(cell: Cell) -> str:
-    """Which entries of a table are a product's: those of two that say the same are the same."""
-    return key_text(cell.key() | {"balance": ""})
-
-
 def predict_cells(
     card_name: str,
     cells: Iterable[Cell],
@@ -210,10 +204,10 @@ def shown(
     """Headers and rows of a table for a reader.
 
     Args:
-        names: :func:`entry_of` a product -> the layers that it is of.
+        names: :func:`.entry_of` a product's key -> the layers that it is of.
     """
     headers = [
-        "pass", "M", "N, K", "block", "density", "takes", "us", "bound", "by reasoning, us", "gain",
+        "pass", "M", "N, K", "block", "density", "takes", "us", "bound", "untuned, us", "gain",
     ]  # fmt: skip
     if names:
         headers.insert(0, "layer")
@@ -229,5 +223,5 @@ def shown(
             f"{1e6 * p.best.seconds:.1f}", str(p.best.bound), f"{1e6 * p.reasoned:.1f}",
             f"{p.gain:.2f}x",
         ]  # fmt: skip
-        rows.append([names[entry_of(p.cell)], *row] if names else row)
+        rows.append([names[entry_of(p.cell.key())], *row] if names else row)
     return headers, rows

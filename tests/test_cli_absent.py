@@ -87,6 +87,7 @@ def test_layers_of_a_file_are_ranked(ranked, tmp_path, capsys):
         looked_up = cell_of("fwd", w, "triton", torch.empty(m, 64)).key()
         assert key == looked_up | {"balance": "even"}
 
+    out.unlink()
     assert main([*arguments, "--rows", "16", "--dtype", "float16", "--train"]) == 0
     keys = [e["key"] for e in json.loads(out.read_text())["entries"]]
     assert {(key["op"], key["dtype"]) for key in keys} == {(op, "float16") for op in OPS}
@@ -161,9 +162,10 @@ def test_blocks_that_pay(capsys):
     assert main([*arguments, "--card", "A100 SXM 80GB"]) == 0
     text = capsys.readouterr().out
     assert "A100 SXM 80GB: predicted, not measured; 90% closed" in text
-    lines = [line.split() for line in text.splitlines() if "," in line]
-    assert lines[-1][-1] == "16x16"
-    assert "-" in lines[-1]  # 20 outputs have no block of 32
+    last = next(line for line in text.splitlines() if line.startswith("20, 784 ")).split()
+    assert last[-1] == "16x16"
+    assert "-: blocks too large for the weight" in text
+    assert "-" in last  # 20 outputs have no block of 32
     assert main([*arguments, "--card", "a100"]) == 0
     assert capsys.readouterr().out == text
     assert main(arguments) == 0
@@ -192,7 +194,8 @@ def test_blocks_that_pay(capsys):
         ("--card A10 --shapes 1x64x64 --dtype fp8", "dtype must be one of .*, got 'fp8'"),
         ("--card A10 --explain", "explain does not go with --card: nothing is timed"),
         ("--blocks --train", "train does not go with --blocks: it is asked of forward"),
-        ("--blocks --again", "again does not go with --blocks: nothing is timed"),
+        ("--blocks --again", "again does not go with --blocks: nothing is timed$"),
+        ("--blocks --device cpu", "device does not go with --blocks: --card names it; got 'cpu'"),
         ("--blocks --checkpoint f", "checkpoint does not go with --blocks: give --shapes"),
         ("--card A10 --checkpoint f", "f: no such file"),
         ("--card A10 --checkpoint f --shapes 1x64x64", "--shapes and --checkpoint is needed"),
@@ -224,6 +227,14 @@ def test_a_weight_that_is_too_small_for_blocks_has_no_speedups(capsys):
     assert line.split() == ["8,", "8", "16", *"-----", "16x16"]
 
 
+def test_weights_for_which_no_block_pays_are_said(capsys):
+    """The table's last column says what is taken, which a reader took for what pays."""
+    arguments = ["tune", "--blocks", "--card", "A10", "--target", "0"]
+    assert main([*arguments, "--shapes", "16x4096x4096,16x64x64"]) == 0
+    text = capsys.readouterr().out
+    assert "64, 64: no block pays at 0%, dense is faster" in text.splitlines()
+
+
 SHAPES = "16x4096x4096,128x4096x4096"
 
 
@@ -253,8 +264,11 @@ def test_a_table_of_more_products_is_not_replaced(ranked, tmp_path, capsys, monk
     monkeypatch.setattr(cli_absent, "predict_cells", lambda on, cells, *a: real(on, cells[:1]))
     assert tabulate(out, "--seconds", "9") == 2
     printed = capsys.readouterr()
-    assert "is of 2 products, these are 1" in printed.err
+    assert "is of 2 products, these are 1 and lack some of them" in printed.err
     assert "1.33x" in printed.out  # what was ranked is shown
+    assert out.read_bytes() == before
+    assert tabulate(out, shapes="16x1024x4096,128x1024x4096") == 2  # as many, but others
+    assert "these are 2 and lack some of them" in capsys.readouterr().err
     assert out.read_bytes() == before
     assert tabulate(tmp_path / "other.json", "--seconds", "9") == 0
     assert "1 of 2 products were ranked in 9 s" in capsys.readouterr().out

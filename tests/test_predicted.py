@@ -20,6 +20,7 @@ from sgtriton_kernels.lookup import analytic, choose
 
 from sgtriton import predicted
 from sgtriton.choice_table import (
+    Held,
     file_name,
     make_table,
     measured_entries,
@@ -436,13 +437,13 @@ def test_a_reader_sees_each_product_and_whether_reasoning_is_followed():
     assert [dict(zip(headers, row, strict=True)) for row in rows] == [
         {
             "pass": "fwd", "M": "64", "N, K": "1024, 2048", "block": "64x64", "density": "0.20",
-            "takes": OTHER.name, "us": "10.0", "bound": "memory", "by reasoning, us": "15.0",
+            "takes": OTHER.name, "us": "10.0", "bound": "memory", "untuned, us": "15.0",
             "gain": "1.50x",
         },
         {
             "pass": "fwd", "M": "64", "N, K": "1024, 2048", "block": "64x64", "density": "0.20",
             "takes": f"{REASONED.name} (analytic)", "us": "10.0", "bound": "memory",
-            "by reasoning, us": "10.0", "gain": "1.00x",
+            "untuned, us": "10.0", "gain": "1.00x",
         },
     ]  # fmt: skip
 
@@ -488,9 +489,9 @@ def test_a_written_table_has_no_blank_line(gains, tmp_path):
 
 def test_only_a_predicted_table_of_the_card_counts_as_one(tmp_path):
     path, table = tmp_path / "t.json", table_of("A10", [of(1.0)])
-    assert products_held(path, "A10") == 0
+    assert products_held(path, "A10") == Held()
     write_table(path, table)
-    assert products_held(path, "A10") == 1
+    assert products_held(path, "A10") == Held(1)
     for change in ({"card": "H200"}, {"status": "measured"}, {"ranked": "1"}, {"ranked": True}):
         write_table(path, table | change)
         with pytest.raises(ValueError, match="must be a new file or a predicted table of A10"):
