@@ -211,7 +211,9 @@ def _layers(rows: list[Row]) -> dict[tuple[str, int], dict[tuple[int, ...], dict
         layers.setdefault(layer, dict.fromkeys(names, math.nan))[r.provider] = r.ms_p50
     for layers in found.values():
         for ms in layers.values():
-            ms["best"] = min(ms[name] for name in DENSE if name in ms)
+            dense = [ms[name] for name in DENSE if name in ms]
+            # a NaN is never less: as the first it would stay
+            ms["best"] = min((t for t in dense if not math.isnan(t)), default=math.nan)
     return found
 
 

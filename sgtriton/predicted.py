@@ -154,7 +154,7 @@ def predict_cells(
                     break
                 reasoned = analytic(cell).candidate
                 others = [c for c in candidates(cell, on.arch in COPY_ENGINES) if c != reasoned]
-                ranked = rank(card_name, cell, [reasoned, *others], compilers, _finite(end))
+                ranked = rank(card_name, cell, [reasoned, *others], compilers, end)
                 late = sum(r.dropped == NO_TIME for r in ranked)
                 if late:  # the fastest may be among those
                     count = f"{late} of {len(ranked)} candidates"
@@ -173,10 +173,6 @@ def predict_cells(
     if progress is not None:
         progress(len(work), len(work), "")
     return found
-
-
-def _finite(end: float) -> float | None:
-    return end if end < float("inf") else None
 
 
 def table_of(card_name: str, found: Sequence[Predicted]) -> dict[str, Any]:

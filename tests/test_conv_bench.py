@@ -1,5 +1,6 @@
 import dataclasses
 
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -52,3 +53,15 @@ def test_slower_layers_are_named():
     assert "0.80 at batch 1, 64 to 64 channels, size 6, channels-last (form of 3)" in said
     found = [dataclasses.replace(row, ms_p50=1.0) for row in found]
     assert conv.remark(found).endswith("0 of 2 layers are\nslower than 0.97 of dense.")
+
+
+@pytest.mark.parametrize("missing", conv.DENSE)
+def test_a_dense_layer_without_a_time_hides_no_other(missing):
+    """Where the first of two had none the best was NaN, and so were all factors."""
+    rows = conv.measure((64, 64, 6, 1), 1, torch.float32, seconds=0.0)
+    other = [dataclasses.replace(row, size=7) for row in rows if row.provider != missing]
+    (layers,) = conv._layers([*rows, *other]).values()
+    assert all(ms["best"] > 0 for ms in layers.values())
+    assert len(layers) == 2
+    for ms in layers.values():
+        assert ms["best"] == min(t for name in conv.DENSE if (t := ms[name]) == t)

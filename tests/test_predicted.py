@@ -165,7 +165,7 @@ def test_the_fastest_is_compared_with_what_reasoning_takes(ranking):
     assert found.gain == pytest.approx(1.5)
     assert found.dropped == {THIRD.name: "too large"}
     ((card_name, cell, given, deadline),) = asked
-    assert (card_name, cell, deadline) == ("H200", CELL, None)
+    assert (card_name, cell, deadline) == ("H200", CELL, float("inf"))
     assert {*given} == {REASONED, *candidates(CELL, True)}
 
 
