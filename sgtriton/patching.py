@@ -33,6 +33,7 @@ from .layers import (
     named_gated_layers,
     ungate_layer,
 )
+from .left_dense import forget_left_dense
 from .state import check_states_of, forget_states_of
 
 log = logging.getLogger(__name__)
@@ -158,7 +159,6 @@ def unpatch(model: Model, fold: bool = False) -> Model:
     Raises:
         ValueError: a NaN gate that would be folded in. The model is unchanged then.
     """
-    from .pruned import forget_left_dense
     from .sparse_layers import SparseModule, densify_layer
 
     layers = list(named_gated_layers(model))

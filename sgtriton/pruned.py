@@ -16,6 +16,7 @@ from sgtriton_kernels.bsr import nonzero_blocks
 from torch import nn
 from torch.nn.utils import prune
 
+from .left_dense import left_dense_of
 from .patching import (
     Pattern,
     all_names,
@@ -27,7 +28,6 @@ from .patching import (
 )
 from .stored import StoredWeight
 
-_LEFT_DENSE = "_sgtriton_left_dense"  # block of which a layer held no zero one
 _SHOWN_BLOCKS: dict[str, Block] = {
     "4x4 blocks": (4, 4),
     "16x16 blocks": (16, 16),
@@ -90,19 +90,9 @@ def make_permanent(layer: nn.Module) -> None:
             prune.remove(layer, hook._tensor_name)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def mark_left_dense(layer: nn.Module, block: Block) -> None:
-    """Note on a layer that it was looked at and has no zero block, for :func:`why_left_dense`."""
-    setattr(layer, _LEFT_DENSE, block)
-
-
-def forget_left_dense(layer: nn.Module) -> None:
-    """Take that note off again."""
-    vars(layer).pop(_LEFT_DENSE, None)
-
-
 def why_left_dense(layer: nn.Module) -> str | None:
     """Why ``sparsify`` left a layer dense, if it looked at it and that is still so."""
-    block = vars(layer).get(_LEFT_DENSE)
+    block = left_dense_of(layer)
     if block is None or layer.weight.device.type == "meta":  # pyright: ignore
         return None
     return f"no zero block of {shown(block)}: {zero_shares(layer, block)}"

@@ -11,9 +11,10 @@ from torch import nn
 
 from .control import unfinished
 from .layers import GatedModule, check_numbers, named_gated_layers
+from .left_dense import mark_left_dense
 from .patching import Model, Pattern, leave_fast_paths
 from .planning import plan_forms
-from .pruned import find_pruned, make_permanent, mark_left_dense, nothing_pruned, why_left_dense
+from .pruned import find_pruned, make_permanent, nothing_pruned, why_left_dense
 from .sparse_layers import FORMS, NO_GATES, SparseModule, sparsify_layer
 from .state import check_states_of
 from .stored import StoredWeight, served_block
