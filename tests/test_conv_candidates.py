@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import assert_exact, integers
-from sgtriton_kernels import BlockSparse, bsr_conv1d, bsr_conv_torch, lookup, records
+from sgtriton_kernels import BlockSparse, bsr_conv1d, lookup, records
+from sgtriton_kernels import conv_blocks as kept
 from sgtriton_kernels import conv_candidates as module
 from sgtriton_kernels._triton import INTERPRETED
 from sgtriton_kernels.blocks import gate_layout, weight_to_matrix
@@ -398,14 +399,16 @@ def test_cell_counts_the_pixels_of_the_pass(device):
     assert case.w.shape == (cell.N, cell.K)
 
 
-def test_what_a_capture_only_records_is_not_kept(monkeypatch):
+@pytest.mark.parametrize("name", ["places", "by_channels"])
+def test_what_a_capture_only_records_is_not_kept(name, monkeypatch):
     """An eager call before the graph's first replay scattered blocks by an index never computed."""
     w = BlockSparse.from_dense(torch.randn(32, 48), (16, 16), torch.eye(2, 3) > 0)
     blocks = conv_blocks(w, ConvGeometry(48, 32, (1, 1)))
-    monkeypatch.setattr(bsr_conv_torch, "is_capturing", lambda device: True)
-    captured = blocks.places
-    assert blocks.places is not captured
-    monkeypatch.setattr(bsr_conv_torch, "is_capturing", lambda device: False)
-    kept = blocks.places
-    assert blocks.places is kept
-    assert kept.tolist() == [0, 4]
+    monkeypatch.setattr(kept, "is_capturing", lambda device: True)
+    captured = getattr(blocks, name)
+    assert getattr(blocks, name) is not captured
+    monkeypatch.setattr(kept, "is_capturing", lambda device: False)
+    found = getattr(blocks, name)
+    assert getattr(blocks, name) is found
+    expected = {"places": [0, 4], "by_channels": [[0, 1, 2, 2], [0, 1, 0], [0, 1]]}[name]
+    assert [t.tolist() for t in found] == expected
