@@ -73,7 +73,7 @@ def tuning_part(deadline: float, folder: Path, device: torch.device) -> Iterator
     with compilers_for(first, deadline - time.monotonic()) as compilers:
         for i, standard in enumerate(chosen):
             if compilers is not None and not compilers.ready:
-                compilers.start(time.monotonic() + _RESTART)
+                compilers.start(min(time.monotonic() + _RESTART, deadline))
             left = deadline - time.monotonic()
             if left <= 0:
                 return

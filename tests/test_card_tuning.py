@@ -128,7 +128,8 @@ def test_compilers_stay_from_product_to_product_and_start_again(tmp_path, monkey
     class Compilers:
         ready, started = 2, 0
 
-        def start(self, deadline):
+        def start(self, until):
+            assert until <= deadline
             self.ready, self.started = 2, self.started + 1
 
     kept, seen = Compilers(), []
@@ -145,6 +146,8 @@ def test_compilers_stay_from_product_to_product_and_start_again(tmp_path, monkey
 
     monkeypatch.setattr(card_tuning, "compilers_for", start)
     monkeypatch.setattr(card_tuning, "tune_products", search)
+    monkeypatch.setattr(card_tuning, "_RESTART", 1e4)
+    deadline = time.monotonic() + 121
     tuned(tmp_path)
     assert len(seen) == 9
     assert {compilers for compilers, _ in seen} == {kept}
