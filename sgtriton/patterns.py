@@ -21,7 +21,8 @@ def random_pattern(
     Returns:
         ``grid`` bool, on the CPU.
     """
-    order = torch.randperm(math.prod(grid), generator=generator)
-    is_open = torch.ones(len(order), dtype=torch.bool)
+    # whatever device is PyTorch's default
+    order = torch.randperm(math.prod(grid), generator=generator, device="cpu")
+    is_open = torch.ones(len(order), dtype=torch.bool, device="cpu")
     is_open[order[:closed]] = False
     return is_open.view(*grid)

@@ -20,3 +20,10 @@ def test_the_same_seed_gives_the_same_places_and_another_one_others():
     )
     assert torch.equal(first, same)
     assert not torch.equal(first, other)
+
+
+def test_patterns_lie_on_the_cpu_whatever_the_default_device():
+    """A generator of the CPU was refused there."""
+    with torch.device("meta"):
+        found = random_pattern((8, 8), 30, torch.Generator("cpu").manual_seed(0))
+    assert torch.equal(found, random_pattern((8, 8), 30, torch.Generator().manual_seed(0)))
