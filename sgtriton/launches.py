@@ -151,7 +151,7 @@ def bsr_conv_launches(
     channels_last: bool = True,
     plain: bool = False,
 ) -> list[Launch]:
-    """The launches of a pass of ``bsr_conv2d``; of forward with all that it can add.
+    """The launches of a pass of ``bsr_conv2d``.
 
     Args:
         which: ``"fwd"`` | ``"dx"`` | ``"dvalues"``.
