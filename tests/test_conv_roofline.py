@@ -8,6 +8,7 @@ import torch
 from conv_layers import conv_cell
 from sgtriton_kernels import BlockSparse
 from sgtriton_kernels.bsr_conv_passes import conv_blocks
+from sgtriton_kernels.bsr_conv_torch import conv_dense_bwd
 from sgtriton_kernels.candidates import candidates
 from sgtriton_kernels.cards import CARD_NAMES, card
 from sgtriton_kernels.cell import Cell
@@ -207,6 +208,13 @@ def test_small_kernels_are_as_many_as_are_counted():
     with Counted() as counted:
         blocks.of_weight(weight)
     assert counted.names == ["aten::clone", "aten::index_select"]
+    # of the gradient of the values they are all: the weight that it needs no value of is not made
+    x, dout = torch.randn(2, 64, 4, 4), torch.randn(2, 64, 4, 4)
+    with Counted() as counted:
+        dx, dvalues = conv_dense_bwd(dout, x, w.values, blocks, (False, True))
+    assert (dx, dvalues.shape) == (None, w.values.shape)
+    names = [name for name in counted.names if name != "aten::new_empty"]  # which writes nothing
+    assert names == ["aten::convolution_backward", "aten::clone", "aten::index_select"]
 
 
 @pytest.mark.parametrize("name", CARD_NAMES)

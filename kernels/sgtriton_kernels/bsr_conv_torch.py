@@ -235,9 +235,14 @@ def conv_dense_bwd(
     if dout.dtype != wide:
         dout, x = dout.to(wide), x.to(wide)
     padded, padding = _padded(x, geometry)
+    if needs[0]:
+        weight = blocks.to_weight(values, torch.contiguous_format)
+    else:  # of which its own gradient reads the size alone
+        shape = geometry.out_channels, geometry.in_per_group, *geometry.kernel
+        weight = values.new_empty(shape)
     dx, dw, _ = torch.ops.aten.convolution_backward.default(
-        dout, padded, blocks.to_weight(values, torch.contiguous_format), None, geometry.stride,
-        padding, geometry.dilation, False, (0, 0), geometry.groups, (*needs, False),
+        dout, padded, weight, None, geometry.stride, padding, geometry.dilation, False, (0, 0),
+        geometry.groups, (*needs, False),
     )  # fmt: skip
     if dx is not None and padded is not x:
         top, left = (n - m for n, m in zip(geometry.before, padding, strict=True))

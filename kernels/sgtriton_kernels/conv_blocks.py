@@ -89,12 +89,13 @@ class ConvBlocks:
     def _sorted_by_channels(self) -> ChannelLists:
         taps, groups = self.geometry.taps, self.geometry.groups
         tap, column = self.col // self.cols, self.col % self.cols
-        target = self.row // self.rows * self.cols + column
+        row = self.row
+        target = row // self.rows * self.cols + column
         order = torch.argsort(target * taps + tap, stable=True)
         lists = torch.arange(groups * self.cols + 1, dtype=torch.int32, device=self.col.device)
         # counted without bincount, which would wait for the device
         starts = torch.searchsorted(target[order].int(), lists, out_int32=True)
-        meets = F.pad((self.row * taps + tap)[order].int(), (0, 1))
+        meets = F.pad((row * taps + tap)[order].int(), (0, 1))
         return ChannelLists(starts, meets, order.int())
 
     def _kept(self, name: str, make: Callable[[], Kept]) -> Kept:
@@ -146,9 +147,9 @@ class ConvBlocks:
 
     def to_weight(self, values: torch.Tensor, memory_format: torch.memory_format) -> torch.Tensor:
         """``[O, C / groups, *kernel]``, zeros filled in; ``values`` must be contiguous."""
-        if self.places is not None:
+        if (places := self.places) is not None:
             grid = values.new_zeros(self.grid[0] * self.grid[1], self.bn, self.bk)
-            values = grid.index_copy_(0, self.places, values)
+            values = grid.index_copy_(0, places, values)
         # few calls: beside a small layer they take most of the time
         weight, whole = values.as_strided(*self._views[0]), self._whole
         if memory_format == torch.channels_last:
@@ -171,4 +172,5 @@ class ConvBlocks:
             weight = F.pad(weight, (0, 0, 0, self.over_k, 0, self.over_n))
         blocks = weight.contiguous().as_strided(*self._views[1])
         blocks = blocks.reshape(self.grid[0] * self.grid[1], self.bn, self.bk)
-        return blocks if self.places is None else blocks.index_select(0, self.places)
+        places = self.places
+        return blocks if places is None else blocks.index_select(0, places)
