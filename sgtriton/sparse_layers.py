@@ -354,7 +354,8 @@ class SparseModule(nn.Module):
             wide = self._buffers["wide_weight"]
             if not kept or (wide is not None and wide.dtype != torch.float32):  # it was cast too
                 self._copy_dense()
-        self._matrices.clear()
+        if any(self._buffers.get(name) is not old for name, old in before.items()):
+            self._matrices.clear()  # else a captured graph may read what was kept of the index
         self._matrices[_COPIED] = self._buffers.get("values")
         return self
 

@@ -3,10 +3,13 @@
 import copy
 import io
 import pickle
+import weakref
 
 import pytest
 import torch
 from helpers import DTYPES, assert_close, assert_exact, assert_within_twice
+from sgtriton_kernels.bsr_conv_passes import conv_blocks
+from sgtriton_kernels.conv_geometry import ConvGeometry
 from torch import nn
 from torch.nn.utils import prune
 
@@ -463,6 +466,23 @@ def test_read_ahead_entry_of_a_pickle_is_rebuilt():
     model = served(nn.Linear(64, 64), (32, 32), share=1)
     model[0].col[-1] = 999
     assert pickle.loads(pickle.dumps(model))[0].col[-1] == 0
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+@torch.no_grad()  # a graph of autograd holds it too
+def test_what_follows_from_an_index_stays_as_long_as_the_index(trainable):
+    """A captured graph reads its memory, which a move to where the model is gave free."""
+    model = served(nn.Conv2d(32, 32, 3, padding=1), (16, 16), trainable=trainable)
+    layer, x = model[0], torch.randn(1, 32, 4, 4)
+    model(x)
+    geometry = ConvGeometry(32, 32, (3, 3), before=(1, 1), after=(1, 1))
+    lists = weakref.ref(conv_blocks(layer.matrix, geometry).by_channels.starts)
+    expected = model(x)
+    model.to("cpu").float()
+    assert lists() is not None
+    assert_exact("out", model(x), expected)
+    model.to_empty(device="cpu")  # which has another index
+    assert lists() is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
