@@ -412,3 +412,16 @@ def test_what_a_capture_only_records_is_not_kept(name, monkeypatch):
     assert getattr(blocks, name) is found
     expected = {"places": [0, 4], "by_channels": [[0, 1, 2, 2], [0, 1, 0], [0, 1]]}[name]
     assert [t.tolist() for t in found] == expected
+
+
+def test_a_weight_that_two_layers_share_keeps_what_follows_for_both():
+    """The second one's took the place of the first one's, whose memory a captured graph may read.
+
+    It was worked out anew in every call.
+    """
+    w = BlockSparse.from_dense(torch.randn(32, 48), (16, 16), torch.eye(2, 3) > 0)
+    one, other = (ConvGeometry(48, 32, (1, 1), (stride, stride)) for stride in (1, 2))
+    first, second = conv_blocks(w, one), conv_blocks(w, other)
+    assert (first.geometry, second.geometry) == (one, other)
+    assert conv_blocks(w, one) is first
+    assert conv_blocks(w, other) is second

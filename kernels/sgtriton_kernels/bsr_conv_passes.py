@@ -28,13 +28,17 @@ def conv_blocks(w: BlockSparse, geometry: ConvGeometry) -> ConvBlocks:
     """What follows from pattern and geometry, as it is kept with the container, or made now."""
     blocks = kept_conv_blocks(w, geometry)
     if blocks is None:
-        blocks = ConvBlocks(w.crow, w.col, w.block, geometry)
+        # of every geometry, which are few: a captured graph may read the memory of any
+        every = w.__dict__.setdefault("_every_conv_blocks", {})
+        blocks = every.get(geometry)
+        if blocks is None:
+            blocks = every[geometry] = ConvBlocks(w.crow, w.col, w.block, geometry)
         object.__setattr__(w, "_conv_blocks", blocks)
     return blocks
 
 
 def kept_conv_blocks(w: BlockSparse, geometry: ConvGeometry) -> ConvBlocks | None:
-    """The last that :func:`conv_blocks` made for ``w``, whose index does not change, if it fits."""
+    """The last that :func:`conv_blocks` gave for ``w``, whose index does not change, if it fits."""
     blocks = w.__dict__.get("_conv_blocks")
     if blocks is None or (blocks.geometry is not geometry and blocks.geometry != geometry):
         return None
