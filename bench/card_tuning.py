@@ -62,7 +62,7 @@ def tuning_part(deadline: float, folder: Path, device: torch.device) -> Iterator
     The sweeps that follow take what was found.
     """
     uses_triton = resolve_impl(None, device, "tune") == "triton"
-    chosen = standard_products(trains=uses_triton)
+    chosen = standard_products(trains=uses_triton, counted=device.type == "cpu")
     yield Progress(0, len(chosen))
     if INTERPRETED and uses_triton:
         yield Progress(0, len(chosen), note="interpreted kernels are not tuned")

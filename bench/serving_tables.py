@@ -149,8 +149,9 @@ def losses_in_short(found: Iterable[Cell]) -> str:
         by_block = [f"{count} of {dtype}, {side}x{side}" for (dtype, side), count in counts]
         worst = min(slower, key=lambda c: c.speedup)
         line += (
-            f" ({'; '.join(by_block)}); by most, {worst.speedup:.2f}, block {worst.block} at "
-            f"M = {worst.M} and {worst.sparsity:.0%}, (N, K) = ({worst.N}, {worst.K})"
+            f" ({'; '.join(by_block)}); by most, {worst.speedup:.2f}, {worst.dtype}, block "
+            f"{worst.block} at M = {worst.M} and {worst.sparsity:.0%}, (N, K) = ({worst.N}, "
+            f"{worst.K})"
         )
     lines = [line]
     with_peers = [c for c in found if c.best_peer != "-"]

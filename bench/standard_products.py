@@ -27,6 +27,7 @@ LAYERS = ((256, 256, 28), (512, 512, 14), (128, 128, 56), (64, 64, 56))  # chann
 IMAGES = (8, 1, 32)
 STEP_SHAPES = ((4096, 4096), (1024, 4096), (4096, 1024))
 STEP_ROWS = (1024, 128, 4096)
+STEP_DENSITIES = (0.2, 0.5, 0.05, 0.8)  # likewise of gates, where somebody counts the open ones
 
 
 @dataclass(frozen=True)
@@ -42,20 +43,23 @@ class Standard:
     make: Callable[[torch.dtype, torch.device], AnyProduct]
 
 
-def standard_products(trains: bool) -> list[Standard]:
+def standard_products(trains: bool, counted: bool) -> list[Standard]:
     """All of them in order: a linear layer's forward pass first.
 
     Args:
         trains: whether the gradients of products over blocks have candidates of their own.
+        counted: whether steps with gates have a record for each bucket of density.
     """
+    linear, conv = (DENSITIES, SHAPES, BLOCKS, ROWS), (DENSITIES, LAYERS, BLOCKS, IMAGES)
+    steps = STEP_DENSITIES if counted else STEP_DENSITIES[:1]
     found = [
-        *_every(0, functools.partial(_linear, False), DENSITIES, SHAPES, BLOCKS, ROWS),
-        *_every(1, _conv, DENSITIES, LAYERS, BLOCKS, IMAGES),
-        *_every(1, _step, DENSITIES, STEP_SHAPES, BLOCKS, STEP_ROWS),
+        *_every(0, functools.partial(_linear, False), *linear),
+        *_every(1, functools.partial(_conv, False), *conv),
+        *_every(1, _step, steps, STEP_SHAPES, BLOCKS, STEP_ROWS),
     ]
     if trains:
-        backward = functools.partial(_linear, True)
-        found += _every(2, backward, DENSITIES, SHAPES, BLOCKS, ROWS)
+        found += _every(2, functools.partial(_linear, True), *linear)
+        found += _every(3, functools.partial(_conv, True), *conv)
     return sorted(found, key=lambda standard: standard.behind)
 
 
@@ -85,6 +89,7 @@ def _linear(
 
 
 def _conv(
+    trains: bool,
     density: float,
     layer: tuple[int, int, int],
     block: int,
@@ -102,7 +107,7 @@ def _conv(
         channels_last=True,
     )
     matrix = BlockSparse.from_dense(weight_to_matrix(weight, layout), layout.block, pattern)
-    return ConvProduct(f"3x3 on {side}x{side}", matrix, (met,))
+    return ConvProduct(f"3x3 on {side}x{side}", matrix, (met,), trains)
 
 
 def _step(

@@ -57,13 +57,14 @@ def make_table(
 def measured_entries(rows: Iterable[Tuned]) -> list[dict[str, Any]]:
     """An entry for each product that was timed and that something computes faster than reasoning.
 
-    And for those near them that nothing does, see :func:`with_stops`.
+    And for those near them that nothing does, see :func:`with_stops`. Steps with gates whose open
+    share nobody counts have none: what is the fastest near a target is not at the start.
     """
     entries, reasoned = {}, []
     for row in rows:
-        if row.status not in ("kept", "changed"):
-            continue
         key, gain = row.cell.key(), round(min(row.over_reasoned, _MOST_GAIN), 2)
+        if row.status not in ("kept", "changed") or key["density"] == "unknown":
+            continue
         if row.choice.candidate == analytic(row.cell).candidate or not gain > 1:
             entries.pop(key_text(key), None)
             reasoned.append(key)

@@ -96,7 +96,8 @@ class Compilers:
             How many are ready.
         """
         with self._lock:
-            self._idle += [_Compiler() for _ in range(self.jobs - len(self._idle))]
+            while len(self._idle) < self.jobs:
+                self._idle.append(_Compiler())
             started = [*self._idle]
         late = [c for c in started if not c.wait(deadline - time.monotonic()) or c.was_late]
         for compiler in late:
@@ -158,7 +159,10 @@ class Compilers:
             return NO_TIME, False
         with self._lock:
             compiler = self._idle.pop() if self._idle else None
-        compiler = compiler or _Compiler()
+        try:
+            compiler = compiler or _Compiler()
+        except OSError as error:  # no memory or no process is left for it
+            return f"its compiler did not start: {error.strerror or error}", False
         with self._lock:
             self._busy.add(compiler)
         try:
@@ -175,6 +179,8 @@ class Compilers:
             return answer, True
         status = compiler.end(patience=1.0)
         if not compiler.was_late:
+            with self._lock:  # another one would first have to start, while the others are ready
+                self.jobs = max(1, self.jobs - 1)
             return f"its compiler ended with status {status}", True
         if left < self.timeout:
             return NO_TIME, False

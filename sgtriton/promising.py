@@ -77,7 +77,11 @@ def compilers_for(
         yield None
         return
     with Compilers() as compilers:
-        yield compilers if compilers.start(time.monotonic() + start) else None
+        try:
+            ready = compilers.start(time.monotonic() + start)
+        except OSError:  # no memory or no process is left for them
+            ready = 0
+        yield compilers if ready else None
 
 
 def promising(

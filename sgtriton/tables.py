@@ -96,7 +96,10 @@ def print_text(text: str, indent: str = "") -> None:
 def filled(text: str, indent: str = "") -> str:
     """A sentence within the terminal's width, what follows its first line set in."""
     width = terminal_width()
-    return textwrap.fill(text, width, initial_indent=indent, subsequent_indent=f"{indent}  ")
+    return textwrap.fill(
+        text, width, initial_indent=indent, subsequent_indent=f"{indent}  ",
+        break_long_words=False, break_on_hyphens=False,  # paths stay whole
+    )  # fmt: skip
 
 
 def in_a_line(error: Exception) -> str:

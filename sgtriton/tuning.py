@@ -33,6 +33,7 @@ from .tune_ranks import agreed, in_group, receive_outcomes, send_outcomes
 from .tune_report import Tuned, TuneInterrupted, TuneReport
 
 _RESERVE = 0.03  # of the seconds, for what comes after the last search
+_FOUND = ("kept", "changed")  # of products that a search decided
 _TRIES = 2  # of a search for whose product the time did not suffice
 
 
@@ -190,7 +191,9 @@ def _search_all(
     keys = [key_text(full_key(item.cell, item.device)) for item in work]
 
     def unknown() -> set[str]:
-        return {keys[i] for i in waiting if again or not _is_recorded(work[i], folder)}
+        found = {keys[i] for i, row in rows.items() if row.status in _FOUND}
+        left = {keys[i] for i in waiting if again or not _is_recorded(work[i], folder)}
+        return left - found
 
     new, left = unknown(), until - time.perf_counter()
     to_search = {(work[i].cell, work[i].device) for i in waiting if keys[i] in new}
@@ -215,7 +218,7 @@ def _search_all(
                     )
                 rows[i] = replace(done[cell, device], name=item.name)
                 to_come[keys[i]] -= 1
-                if rows[i].status in ("kept", "changed") or not to_come[keys[i]]:
+                if rows[i].status in _FOUND or not to_come[keys[i]]:
                     new.discard(keys[i])
             waiting = [i for i in waiting if rows[i].status == "not reached"]
             done = {key: row for key, row in done.items() if row.status != "not reached"}

@@ -12,11 +12,13 @@ from sgtriton_kernels import lookup
 from sgtriton_kernels.candidates import candidates
 from sgtriton_kernels.conv_cell import ConvCell
 from sgtriton_kernels.gated_cell import GatedCell
+from sgtriton_kernels.lookup import Choice, analytic
 
 from bench import card_tuning, standard_products
 from bench.__main__ import main  # noqa: F401  (imports every command, as the command line does)
+from sgtriton.choice_table import measured_entries
 from sgtriton.products import work_of
-from sgtriton.tune_report import TuneInterrupted
+from sgtriton.tune_report import Tuned, TuneInterrupted
 from sgtriton.tuning import tune_products
 
 CPU = torch.device("cpu")
@@ -44,32 +46,37 @@ def tuned(folder, seconds=120):
 
 
 def test_the_first_products_tell_most():
-    chosen = standard_products.standard_products(trains=False)
-    assert [standard.behind for standard in chosen] == [0, 1, 1, 1, 2, 2, 2, 3, 3]
+    chosen = standard_products.standard_products(trains=False, counted=True)
+    assert [standard.behind for standard in chosen] == [0, 1, 1, 1, 2, 2, 2, 3, 3, 4]
     kinds = [next(work_of([s.make(torch.float32, CPU)])).cell for s in chosen]
     assert [(type(cell).__name__, cell.op) for cell in kinds[:3]] == [
         ("Cell", "bsr_linear fwd"), ("Cell", "bsr_linear fwd"), ("ConvCell", "bsr_conv fwd"),
     ]  # fmt: skip
     assert isinstance(kinds[3], GatedCell)
     # one for each bucket of density, far from its edges
-    for kind in (ConvCell, GatedCell):
-        assert len({cell.key()["density"] for cell in kinds if isinstance(cell, kind)}) == 3
+    for kind, buckets in ((ConvCell, 3), (GatedCell, 4)):
+        assert len({cell.key()["density"] for cell in kinds if isinstance(cell, kind)}) == buckets
     assert len({cell.key()["density"] for cell in kinds if cell.op == "bsr_linear fwd"}) == 3
+    # where nobody counts, all densities share a record
+    chosen = standard_products.standard_products(trains=False, counted=False)
+    assert [s.make(torch.float32, CPU).name for s in chosen].count("training step") == 1
 
 
 def test_gradients_are_tuned_where_they_have_candidates(monkeypatch):
     monkeypatch.setenv("SGTRITON_IMPL", "triton")
-    chosen = standard_products.standard_products(trains=True)
-    trains = [s for s in chosen if getattr(s.make(torch.float32, CPU), "trains", None) is True]
-    assert [s.behind for s in trains if s.make(torch.float32, CPU).name == "linear"] == [2, 3, 4]
+    chosen = standard_products.standard_products(trains=True, counted=False)
+    made = [(standard.behind, standard.make(torch.float32, CPU)) for standard in chosen]
+    for name, behind in (("linear", [2, 3, 4]), ("3x3 on 4x4", [3, 4, 5])):
+        found = [b for b, product in made if product.name == name and product.trains]
+        assert found == behind
 
 
 def test_every_product_that_there_is_time_for_is_reached(tmp_path):
     rows, table, steps = tuned(tmp_path)
-    assert (steps[0].done, steps[-1].done, steps[-1].of) == (0, 9, 9)
+    assert (steps[0].done, steps[-1].done, steps[-1].of) == (0, 10, 10)
     assert [row["name"] for row in rows] == [
         "linear", "linear", "3x3 on 4x4", "training step", "linear",
-        "3x3 on 4x4", "training step", "3x3 on 4x4", "training step",
+        "3x3 on 4x4", "training step", "3x3 on 4x4", "training step", "training step",
     ]  # fmt: skip
     assert {row["status"] for row in rows} <= {"kept", "changed", "no choice"}
     assert all(float(row["ms"]) > 0 for row in rows if row["status"] != "no choice")
@@ -80,6 +87,16 @@ def test_every_product_that_there_is_time_for_is_reached(tmp_path):
     assert set(table["sources"]) == {
         f"{entry['key']['op'].split()[0]} torch" for entry in table["entries"]
     }
+
+
+def test_steps_whose_open_share_nobody_counts_are_in_no_table():
+    """What is the fastest near a target would be taken from the first step on."""
+    cell = GatedCell("gated_linear step", "triton", 9, 64, 64, (16, 16), 3, torch.float32)
+    for counted in (True, False):
+        cell = replace(cell, counted=counted)
+        other = next(c for c in candidates(cell) if c != analytic(cell).candidate)
+        row = Tuned("", cell, "changed", Choice(other, "cache", ""), 2.0, 1.0, over_reasoned=2.0)
+        assert len(measured_entries([row])) == counted
 
 
 def plant(monkeypatch, after=lambda report: report):
@@ -149,7 +166,7 @@ def test_compilers_stay_from_product_to_product_and_start_again(tmp_path, monkey
     monkeypatch.setattr(card_tuning, "_RESTART", 1e4)
     deadline = time.monotonic() + 121
     tuned(tmp_path)
-    assert len(seen) == 9
+    assert len(seen) == 10
     assert {compilers for compilers, _ in seen} == {kept}
     assert min(ready for _, ready in seen) > 0
     assert kept.started == 4

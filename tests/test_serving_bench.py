@@ -149,8 +149,8 @@ def test_losses_are_counted_by_block():
     )
     dense, small, large = " ".join(lines.split()).split(" - ")
     assert dense == (
-        "- slower than 0.97 of dense: 1 of 6 cells (1 of bfloat16, 16x16); by most, 0.73, block 16 "
-        "at M = 16 and 90%, (N, K) = (1024, 4096)"
+        "- slower than 0.97 of dense: 1 of 6 cells (1 of bfloat16, 16x16); by most, 0.73, "
+        "bfloat16, block 16 at M = 16 and 90%, (N, K) = (1024, 4096)"
     )
     assert small == (
         "blocks of 16x16, float32: a peer ahead by more than 5% in 3 of 4 cells (2 at M = 1, 1 at "
