@@ -29,6 +29,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+from sgtriton_kernels.candidate import cut
 from sgtriton_kernels.cards import Card
 from sgtriton_kernels.cell import Cell
 from sgtriton_kernels.conv_cell import ConvCell
@@ -91,7 +92,7 @@ def predict(card: Card, cell: ConvCell, tile: BsrTile | None = None) -> Predicti
     which, (bn, bk) = cell.op.split()[1], cell.block
     if tile is None:
         tile = tile_for_bsr_conv(which, cell.M, cell.block, cell.nnz, cell.dtype, cell.aligned)
-    tile = replace(tile, BLOCK_N=min(tile.BLOCK_N, bn), BLOCK_K=min(tile.BLOCK_K, bk))
+    tile = cut(tile, cell)
     programs = programs_of(as_product(cell), tile, card.multiprocessors)
     memory = _memory_seconds(card, cell, cell.density, *_readings(card, cell, programs))
     starts, sums = 1, 0.0

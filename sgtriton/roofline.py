@@ -45,6 +45,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from sgtriton_kernels.candidate import cut
 from sgtriton_kernels.cards import Card
 from sgtriton_kernels.cell import Cell
 from sgtriton_kernels.tiles import BsrTile, tile_for_bsr_linear
@@ -148,7 +149,7 @@ def predict(card: Card, cell: Cell, tile: BsrTile | None = None) -> Prediction:
         )
     if tile.form == "pairs":
         raise ValueError("what pairs of rows share depends on the pattern: no prediction")
-    tile = replace(tile, BLOCK_N=min(tile.BLOCK_N, bn), BLOCK_K=min(tile.BLOCK_K, bk))
+    tile = cut(tile, cell)
     programs = programs_of(cell, tile, card.multiprocessors)
     # x, in backward dy; of the values' gradient the first share of the rows is multiplied first
     size = cell.dtype.itemsize * cell.M * (cell.K if which == "fwd" else cell.N)

@@ -42,7 +42,7 @@ def write_record(
             replace_file(folder / file_name(key), data)
             return None
         except OSError as error:
-            reason = f"{folder}: cannot be written: {error.strerror or error}"
+            reason = _cannot(folder, error)
     return reason
 
 
@@ -55,7 +55,11 @@ def why_not(folder: Path | None) -> str | None:
         with tempfile.TemporaryFile(dir=folder):
             return None
     except OSError as error:
-        return f"{folder}: cannot be written: {error.strerror or error}"
+        return _cannot(folder, error)
+
+
+def _cannot(folder: Path, error: OSError) -> str:
+    return f"{folder}: cannot be written: {error.strerror or error}"
 
 
 def sweep(folder: Path) -> None:

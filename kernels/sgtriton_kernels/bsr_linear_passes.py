@@ -13,6 +13,11 @@ from .bsr_product import bsr_linear_dvalues, bsr_linear_dx
 from .candidate import Candidate
 
 
+def dense_weight(values: torch.Tensor, w: BlockSparse) -> torch.Tensor:
+    """``[N, K]``, the weight of these values, zeros filled in; ``w`` gives shape and index."""
+    return BlockSparse._from_index(values, w.index_tensors, w.shape).to_dense()
+
+
 def linear_dx(
     dy: torch.Tensor, values: torch.Tensor, w: BlockSparse, candidate: Candidate
 ) -> torch.Tensor:
@@ -29,7 +34,7 @@ def linear_dx(
     if candidate.tile is not None:
         return bsr_linear_dx(dy, values, w.ccol, w.row, w.perm, w.shape[1], candidate.tile)
     with without_autocast(dy.device):
-        return dy @ BlockSparse._from_index(values, w.index_tensors, w.shape).to_dense()
+        return dy @ dense_weight(values, w)
 
 
 def linear_dvalues(

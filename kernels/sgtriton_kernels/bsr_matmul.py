@@ -29,7 +29,7 @@ from .activations import ACTIVATIONS, check_activation
 from .bsr import BlockSparse
 from .bsr_checks import check_agrees, check_dtype, check_kinds, why_no_kernel
 from .bsr_choice import cell_of, choice_for, name_of_choice
-from .bsr_linear_passes import linear_dvalues, linear_dx
+from .bsr_linear_passes import dense_weight, linear_dvalues, linear_dx
 from .bsr_product import (
     PairedRows,
     bsr_linear_fwd,
@@ -173,13 +173,9 @@ def _forward(
 def _unpacked(x2, values, bias, residual2, w: BlockSparse, activation: str) -> torch.Tensor:
     """The zeros filled in, then the library's dense product."""
     with without_autocast(x2.device):
-        out = F.linear(x2, _dense(values, w), bias)
+        out = F.linear(x2, dense_weight(values, w), bias)
         out = out if residual2 is None else out.add_(residual2)
         return out if activation == "none" else ACTIVATIONS[activation](out)
-
-
-def _dense(values: torch.Tensor, w: BlockSparse) -> torch.Tensor:
-    return BlockSparse._from_index(values, w.index_tensors, w.shape).to_dense()
 
 
 def _backward(
@@ -314,7 +310,7 @@ def _grads_with_graph(dy, x, values, w: BlockSparse, impl: str, needs):
     """The same on the dense weight, which can be differentiated again."""
     need_dx, need_dvalues, need_dbias, need_dresidual = needs
     dx, dvalues = grads_with_graph(
-        lambda: F.linear(x, _dense(values, w)),
+        lambda: F.linear(x, dense_weight(values, w)),
         (x, values), (need_dx, need_dvalues), dy,
     )  # fmt: skip
     dbias = dy.sum(tuple(range(dy.dim() - 1))) if need_dbias else None
