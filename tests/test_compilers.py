@@ -57,6 +57,31 @@ def test_a_compiler_that_dies_takes_nothing_with_it(planted):
         ]
 
 
+def test_a_compiler_that_dies_costs_no_time_of_the_others(planted, monkeypatch):
+    """A fresh one was started in its place, which has to import PyTorch within a search."""
+    with Compilers(2) as found:
+        assert found.start(time.monotonic() + 120) == 2
+        found.build([planted("planted_dead", "import os\nos._exit(7)")])
+        assert (found.ready, found.jobs) == (1, 1)
+        monkeypatch.setattr(compilers, "_Compiler", None)  # no other is made
+        work = [planted(f"planted_live{i}", "raise RuntimeError('as ever')") for i in range(3)]
+        assert found.build(work) == ["it does not compile: as ever"] * 3
+
+
+def test_a_compiler_for_which_there_is_no_process_is_said(planted, monkeypatch):
+    """The error ended the whole search."""
+
+    def refuse(*given, **options):
+        raise OSError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(compilers.subprocess, "Popen", refuse)
+    with Compilers(1) as found:
+        assert found.build([planted("planted_none", "")]) == [
+            "its compiler did not start: Resource temporarily unavailable"
+        ]
+        assert found.jobs == 1
+
+
 def test_a_compiler_that_hangs_is_ended(planted):
     work = [
         planted("planted_hang", "import time\ntime.sleep(600)"),

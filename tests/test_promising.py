@@ -327,6 +327,18 @@ def test_compilers_that_do_not_start_in_time_are_done_without(on_card, processes
     assert [p.ended for p in processes] == [True]
 
 
+def test_compilers_for_which_there_is_no_memory_are_done_without(on_card, monkeypatch):
+    """The error ended the search, which needs none."""
+
+    def refuse(compilers, deadline):
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(module, "why_not", lambda: None)
+    monkeypatch.setattr(module.Compilers, "start", refuse)
+    with compilers_for([(CELL, on_card())], 60.0) as found:
+        assert found is None
+
+
 @pytest.mark.parametrize("why", ["no card", "few seconds", "no compiler", "nothing to tune"])
 def test_compilers_are_not_started_for_nothing(why, on_card, processes, monkeypatch):
     device = on_card()
